@@ -1,0 +1,176 @@
+"""Attention by ``scaled_dot_product_attention``, with a key-value cache whose slots have lengths of their own.
+
+megatron-core's local core attention materialises the score matrix, and its static inference context shares one offset
+among all rows. Here the core runs torch's fused kernels (grouped-query heads, causal, masked, packed), and ``KVCache``
+gives every row its own position, so that finished sequences are replaced one by one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.inference.contexts import BaseInferenceContext
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class KVCache(BaseInferenceContext):
+    """Keys (rotated) and values of ``num_slots`` sequences, one pair of tensors a layer, allocated at first use.
+
+    Call ``prefill`` or ``decode`` before each forward pass; it says what the pass computes.
+    """
+
+    def __init__(self, num_slots: int, max_sequence_length: int) -> None:
+        super().__init__(materialize_only_last_token_logits=False)
+        self.num_slots = num_slots
+        self.max_sequence_length = max_sequence_length
+        self.slots = torch.empty(0, dtype=torch.long)
+        self.positions: Tensor | None = None
+        self.attention_mask: Tensor | None = None
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._num_keys = 0
+
+    def is_static_batching(self) -> bool:
+        return True
+
+    def is_decode_only(self) -> bool:
+        return self.positions is not None
+
+    def prefill(self, slots: Tensor) -> None:
+        """The next forward runs tokens [n, S], right-padded, from position 0 into ``slots`` [n]."""
+        self.slots, self.positions, self.attention_mask = slots, None, None
+
+    def decode(self, slots: Tensor, positions: Tensor) -> None:
+        """The next forward runs tokens [n, 1] at ``positions`` [n] of ``slots`` [n]; each attends up to itself."""
+        self.slots, self.positions = slots, positions
+        self._num_keys = int(positions.max()) + 1
+        keys = torch.arange(self._num_keys, device=positions.device)
+        self.attention_mask = (keys[None] > positions[:, None])[:, None, None, :]  # True = masked, megatron's way
+
+    def layer(self, number: int, key: Tensor) -> tuple[Tensor, Tensor]:
+        """This layer's (keys, values), each [slots, groups, max length, channels]."""
+        if number not in self._layers:
+            shape = (self.num_slots, key.size(2), self.max_sequence_length, key.size(3))
+            self._layers[number] = (key.new_zeros(shape), key.new_zeros(shape))
+        return self._layers[number]
+
+    def store(self, number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write this pass's key and value [S, n, groups, channels]; return what its queries attend to, same form."""
+        keys, values = self.layer(number, key)
+        if self.positions is None:
+            length = key.size(0)
+            keys[self.slots, :, :length] = key.permute(1, 2, 0, 3)
+            values[self.slots, :, :length] = value.permute(1, 2, 0, 3)
+            return key, value
+        keys[self.slots, :, self.positions] = key[0]
+        values[self.slots, :, self.positions] = value[0]
+        if self.slots.numel() != self.num_slots:  # all slots in order need no copy
+            keys, values = keys[self.slots, :, : self._num_keys], values[self.slots, :, : self._num_keys]
+        else:
+            keys, values = keys[:, :, : self._num_keys], values[:, :, : self._num_keys]
+        return keys.permute(2, 0, 1, 3), values.permute(2, 0, 1, 3)
+
+
+class CachedSelfAttention(SelfAttention):
+    """megatron's self-attention, which keeps rotated keys in a ``KVCache`` instead of rotating all of them anew."""
+
+    def _adjust_key_value_for_inference(
+        self, inference_context: Any, query: Tensor, key: Tensor, value: Tensor, rotary_pos_emb: Any, *args: Any, **kw: Any
+    ) -> Any:
+        if not isinstance(inference_context, KVCache):
+            return super()._adjust_key_value_for_inference(
+                inference_context, query, key, value, rotary_pos_emb, *args, **kw
+            )
+        positions = inference_context.positions
+        if rotary_pos_emb is not None:
+            angles = rotary_pos_emb[0]  # [max length, 1, 1, channels]
+            angles = angles[: key.size(0)] if positions is None else angles[positions].transpose(0, 1)
+            cp_group = self.pg_collection.cp
+            query = apply_rotary_pos_emb(query, angles, config=self.config, cp_group=cp_group)
+            key = apply_rotary_pos_emb(key, angles, config=self.config, cp_group=cp_group)
+        key, value = inference_context.store(self.layer_number, key, value)
+        mask_type = AttnMaskType.causal if positions is None else AttnMaskType.no_mask
+        return query, key, value, None, mask_type, None
+
+
+def sdpa(
+    query: Tensor, key: Tensor, value: Tensor, masked: Tensor | None, causal: bool, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """Attention of [S, B, heads, channels] queries over [T, B, groups, channels]; returns [S, B, heads * channels].
+    ``masked`` broadcasts to [B, heads, S, T], True where a key is hidden."""
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    out = F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=None if masked is None else ~masked,
+        is_causal=causal,
+        dropout_p=dropout,
+        scale=scale,
+        enable_gqa=q.size(1) != k.size(1),
+    )
+    return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
+
+
+class SDPACoreAttention(MegatronModule):
+    """Drop-in for megatron's DotProductAttention. Causal without a mask is the fast path: right-padded batches need
+    none. With a boolean mask (True = masked) the mask alone decides; packed sequences (thd) attend within themselves."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.attn_mask_type = attn_mask_type
+        self.softmax_scale = softmax_scale if softmax_scale is not None else 1 / math.sqrt(config.kv_channels)
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
+            return self._packed(query, key, value, packed_seq_params)
+        mask_type = attn_mask_type or self.attn_mask_type
+        causal = mask_type == AttnMaskType.causal and attention_mask is None and query.size(0) > 1
+        return self._attend(query, key, value, attention_mask, causal)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, masked: Tensor | None, causal: bool) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        if dropout and not self.config.sequence_parallel:  # each tensor-parallel rank drops in its own heads
+            with get_cuda_rng_tracker().fork():
+                return sdpa(query, key, value, masked, causal, self.softmax_scale, dropout)
+        return sdpa(query, key, value, masked, causal, self.softmax_scale, dropout)
+
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, packing: PackedSeqParams) -> Tensor:
+        bounds = packing.cu_seqlens_q.tolist()
+        parts = []
+        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+            if start == end:
+                continue
+            q, k, v = (x[start:end].unsqueeze(1) for x in (query, key, value))
+            parts.append(self._attend(q, k, v, None, end - start > 1).squeeze(1))
+        out = torch.cat(parts)
+        return F.pad(out, (0, 0, 0, query.size(0) - out.size(0)))

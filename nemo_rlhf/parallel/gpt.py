@@ -1,0 +1,277 @@
+"""The transformer that every role is made of: megatron's GPTModel, which ends in hidden states instead of logits.
+
+Heads are applied to chosen tokens only (``vocab_logprobs``, ``values``), inside the loss closure: no logits exist for
+prompts or padding, and none outlive a chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import set_model_to_sequence_parallel
+from torch import Tensor
+
+from nemo_rlhf import device
+from nemo_rlhf.config.architecture import Architecture
+from nemo_rlhf.parallel import state
+from nemo_rlhf.parallel.attention import KVCache
+from nemo_rlhf.parallel.layers import block_spec
+from nemo_rlhf.parallel.logprobs import vocab_parallel_logprobs
+
+Role = Literal["policy", "critic"]
+Recompute = Literal["selective", "full"]
+VOCABULARY_MULTIPLE = 8  # rows a tensor-parallel rank: what matrix units like
+
+
+def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
+    multiple = VOCABULARY_MULTIPLE * tensor_parallel
+    return math.ceil(vocab_size / multiple) * multiple
+
+
+def _check_sizes(architecture: Architecture, tensor_parallel: int, pipeline_parallel: int) -> None:
+    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        value = getattr(architecture, name)
+        if value % tensor_parallel:
+            raise ValueError(
+                f"model.tensor_model_parallel_size={tensor_parallel} does not divide the model's {name}={value}: "
+                f"choose a divisor of it."
+            )
+    if architecture.num_layers % pipeline_parallel:
+        raise ValueError(
+            f"model.pipeline_model_parallel_size={pipeline_parallel} does not divide the model's "
+            f"num_layers={architecture.num_layers}: choose a divisor of it."
+        )
+
+
+def transformer_config(
+    architecture: Architecture, *, dtype: torch.dtype, sequence_parallel: bool, recompute: Recompute | None
+) -> TransformerConfig:
+    """megatron's configuration for this model on the current process groups. Dropout is off: RL needs ratios of 1.
+
+    Raises:
+        ValueError: heads, groups, feed-forward width or layers cannot be divided as asked.
+    """
+    tensor_parallel, pipeline_parallel = state.tp_size(), state.pp_size()
+    _check_sizes(architecture, tensor_parallel, pipeline_parallel)
+    recomputation: dict[str, Any] = {}
+    if recompute == "full":
+        recomputation = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif recompute == "selective":
+        recomputation = {"recompute_granularity": "selective"}
+    return TransformerConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_query_groups,
+        kv_channels=architecture.kv_channels,
+        layernorm_epsilon=architecture.layernorm_epsilon,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=tensor_parallel,
+        pipeline_model_parallel_size=pipeline_parallel,
+        sequence_parallel=sequence_parallel and tensor_parallel > 1,
+        variable_seq_lengths=pipeline_parallel > 1,  # microbatches are as long as their longest row
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        perform_initialization=False,  # every weight comes from a checkpoint or from a seeded source
+        moe_token_dispatcher_type="alltoall",  # the default refuses variable sequence lengths, even without experts
+        use_cpu_initialization=not device.is_cuda(),
+        gradient_accumulation_fusion=False,  # needs apex
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        **recomputation,
+    )
+
+
+def _rotary_frequencies(architecture: Architecture) -> Tensor:
+    """Inverse frequencies [channels / 2], by transformers itself: megatron hard-codes llama3's original length."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rotary = LlamaRotaryEmbedding(
+        LlamaConfig(
+            hidden_size=architecture.hidden_size,
+            num_attention_heads=architecture.num_attention_heads,
+            head_dim=architecture.kv_channels,
+            max_position_embeddings=architecture.max_position_embeddings,
+            rope_parameters=dict(architecture.rope),
+        )
+    )
+    if rotary.attention_scaling != 1.0 or rotary.rope_type == "dynamic":
+        raise ValueError(f"rope_type={rotary.rope_type!r} cannot be expressed in megatron-core: use default, linear or llama3.")
+    return rotary.inv_freq.detach().clone().float()
+
+
+class ValueHead(torch.nn.Module):
+    """One fp32 number a token, on every tensor-parallel rank alike."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        kwargs: dict[str, Any] = {"dtype": torch.float32, "device": device.torch_device()}
+        self.weight = torch.nn.Parameter(torch.empty(1, hidden_size, **kwargs))
+        self.bias = torch.nn.Parameter(torch.empty(1, **kwargs))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden.float(), self.weight, self.bias).squeeze(-1)
+
+
+class GPT(GPTModel):
+    """megatron's GPTModel over this rank's layers; ``forward`` returns hidden states [S, B, H] on every stage."""
+
+    def __init__(self, architecture: Architecture, config: TransformerConfig, role: Role) -> None:
+        self.architecture, self.role = architecture, role
+        self.padded_vocab_size = padded_vocab_size(architecture.vocab_size, config.tensor_model_parallel_size)
+        super().__init__(
+            config,
+            block_spec(config),
+            vocab_size=self.padded_vocab_size,
+            max_sequence_length=architecture.max_position_embeddings,
+            pre_process=state.is_first_stage(),
+            post_process=state.is_last_stage(),
+            position_embedding_type="rope",
+            rotary_base=architecture.rope["rope_theta"],
+            # a critic has no output layer, so its embedding is tied to nothing
+            share_embeddings_and_output_weights=architecture.tie_embeddings and role == "policy",
+        )
+        self.rotary_pos_emb.inv_freq = _rotary_frequencies(architecture).to(device.torch_device())
+        self.rotary_pos_emb.forward.cache_clear()
+        if role == "critic" and self.post_process:
+            self.output_layer = None
+            self.value_head = ValueHead(config.hidden_size)
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        inference_context: KVCache | None = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        if inference_context is not None:
+            attention_mask = inference_context.attention_mask
+        return super().forward(
+            input_ids,
+            position_ids,
+            attention_mask,
+            inference_context=inference_context,
+            packed_seq_params=packed_seq_params,
+        )
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states
+
+    def output_weight(self) -> Tensor:
+        """This rank's rows of the output layer [padded vocabulary / TP, H]. Last stage only."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    def vocab_range(self) -> tuple[int, int]:
+        """First and one past the last of this rank's rows of the padded vocabulary."""
+        rows = self.padded_vocab_size // state.tp_size()
+        return state.tp_rank() * rows, (state.tp_rank() + 1) * rows
+
+    def output_logits(self, hidden: Tensor) -> Tensor:
+        """Logits [N, padded vocabulary / TP] of hidden states [N, H], without gradient to other ranks: for sampling."""
+        return F.linear(hidden, self.output_weight())
+
+    def vocab_logprobs(
+        self, hidden: Tensor, tokens: Tensor, selected: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of ``tokens`` and entropies of their distributions at the selected places.
+
+        Args:
+            hidden: [S, B, H] of the last stage ([S / TP, B, H] under sequence parallelism).
+            tokens: [B, S].
+            selected: [N] indices b * S + t, t >= 1, of the tokens asked for.
+            temperature: divides the logits, as in sampling.
+
+        Returns:
+            (logprobs [N], entropies [N]), fp32, the same on every tensor-parallel rank.
+        """
+        group = state.tp_group()
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
+        return vocab_parallel_logprobs(
+            _before(hidden, tokens, selected),
+            self.output_weight(),
+            tokens.reshape(-1)[selected],
+            vocab_size=self.architecture.vocab_size,
+            temperature=temperature,
+        )
+
+    def values(self, hidden: Tensor, tokens: Tensor, selected: Tensor) -> Tensor:
+        """Values [N] fp32 of the states before the selected tokens; arguments as of ``vocab_logprobs``."""
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=False, group=state.tp_group()
+            )
+        return self.value_head(_before(hidden, tokens, selected))
+
+
+def _before(hidden: Tensor, tokens: Tensor, selected: Tensor) -> Tensor:
+    """Rows [N, H] of hidden [S, B, H] that predict the selected tokens: those one place earlier."""
+    batch, length = tokens.shape
+    row, place = selected // length, selected % length
+    return hidden.reshape(-1, hidden.size(-1))[(place - 1) * batch + row]
+
+
+def build_gpt(
+    architecture: Architecture,
+    *,
+    role: Role = "policy",
+    dtype: torch.dtype = torch.float32,
+    sequence_parallel: bool = False,
+    recompute: Recompute | None = None,
+) -> GPT:
+    """This rank's part of a model, its weights yet to be loaded, on this rank's device.
+
+    Raises:
+        ValueError: the model cannot be cut as the process groups ask.
+    """
+    config = transformer_config(architecture, dtype=dtype, sequence_parallel=sequence_parallel, recompute=recompute)
+    model = GPT(architecture, config, role).to(device.torch_device())
+    for module in model.modules():  # megatron marks split weights only where it also initialises them
+        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding) and module.weight is not None:
+            set_tensor_model_parallel_attributes(module.weight, True, 0, 1)
+        elif isinstance(module, RowParallelLinear):
+            set_tensor_model_parallel_attributes(module.weight, True, 1, 1)
+    for parameter in model.parameters():
+        parameter.data.fill_(float("nan"))  # a weight that nobody loads must not pass for one
+    return model
+
+
+@contextmanager
+def sequence_parallel_off(model: GPT) -> Iterator[None]:
+    """Generation works on single tokens, which cannot be split along the sequence."""
+    was_on = model.config.sequence_parallel
+    if was_on:
+        set_model_to_sequence_parallel(model, False)
+    try:
+        yield
+    finally:
+        if was_on:
+            set_model_to_sequence_parallel(model, True)

@@ -1,0 +1,116 @@
+"""Log-probabilities and entropies over a vocabulary that is split among tensor-parallel ranks.
+
+The output layer is part of the computation: logits are made, used and dropped a chunk of tokens at a time, in both
+directions, so the largest temporary is ``[chunk, vocabulary / TP]`` in fp32 whatever the number of tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nemo_rlhf import device
+from nemo_rlhf.parallel import state
+
+_CHUNK_ELEMENTS_CPU = 2**20  # 4 MiB of fp32: stays in the cache
+_CHUNK_ELEMENTS_CUDA = 2**26  # 256 MiB: large enough to fill the matrix units
+
+
+def _chunk_tokens(columns: int) -> int:
+    elements = _CHUNK_ELEMENTS_CUDA if device.is_cuda() else _CHUNK_ELEMENTS_CPU
+    return max(1, elements // max(1, columns))
+
+
+class _VocabParallelLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, first: int, temperature: float, chunk: int
+    ) -> tuple[Tensor, Tensor]:
+        """``weight``: the real rows of this rank [columns, H]; ``first``: the id of its first row."""
+        tokens, columns = hidden.size(0), weight.size(0)
+        local = targets - first
+        mine = (local >= 0) & (local < columns)
+        local = torch.where(mine, local, 0)
+        top = hidden.new_full((tokens,), -torch.inf, dtype=torch.float32)
+        sums = hidden.new_zeros((3, tokens), dtype=torch.float32)  # sum exp, sum exp * logit, target's logit
+        for start in range(0, tokens if columns else 0, chunk):
+            part = slice(start, start + chunk)
+            logits = _logits(hidden[part], weight, temperature)
+            top[part] = logits.amax(-1)
+            sums[2, part] = torch.where(mine[part], logits.gather(-1, local[part, None]).squeeze(-1), 0.0)
+            exp = (logits - top[part, None]).exp_()
+            sums[0, part] = exp.sum(-1)
+            sums[1, part] = exp.mul_(logits).sum(-1)
+        if state.tp_size() > 1:
+            best = top.clone()
+            dist.all_reduce(best, op=dist.ReduceOp.MAX, group=state.tp_group())
+            sums[:2] *= (top - best).exp_()
+            dist.all_reduce(sums, group=state.tp_group())
+            top = best
+        log_normalizer = top + sums[0].log()
+        entropy = log_normalizer - sums[1] / sums[0]
+        ctx.save_for_backward(hidden, weight, local, mine, log_normalizer, entropy)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.set_materialize_grads(False)
+        return sums[2] - log_normalizer, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight, local, mine, log_normalizer, entropy = ctx.saved_tensors
+        grad_logprobs, grad_entropy = grads
+        grad_hidden = torch.zeros_like(hidden)
+        # fp32: in bf16, sums over many chunks would lose their small parts
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
+        for start in range(0, hidden.size(0) if weight.size(0) else 0, ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            log_probs = _logits(hidden[part], weight, ctx.temperature).sub_(log_normalizer[part, None])
+            probs = log_probs.exp()
+            if grad_entropy is not None:  # d entropy / d logit = -p * (log p + entropy)
+                grad_logits = (log_probs + entropy[part, None]).mul_(probs).mul_(-grad_entropy[part, None])
+            else:
+                grad_logits = torch.zeros_like(probs)
+            if grad_logprobs is not None:  # d log p(target) / d logit = 1[target] - p
+                grad = grad_logprobs[part, None]
+                grad_logits.addcmul_(probs, grad, value=-1.0)
+                grad_logits.scatter_add_(-1, local[part, None], torch.where(mine[part, None], grad, 0.0))
+            scaled = grad_logits.div_(ctx.temperature).to(hidden.dtype)
+            grad_hidden[part] = scaled @ weight
+            if grad_weight is not None:
+                grad_weight += scaled.t() @ hidden[part]
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
+
+
+def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    return (hidden @ weight.t()).float().div_(temperature)
+
+
+def vocab_parallel_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    vocab_size: int,
+    temperature: float = 1.0,
+    chunk_tokens: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of ``targets`` and entropies of their distributions, exact over all tensor-parallel ranks.
+
+    Args:
+        hidden: [N, H], the same on every rank; its gradient is this rank's share, to be summed by the caller's
+            parallel region.
+        weight: [padded vocabulary / TP, H], this rank's rows of the output layer.
+        targets: [N] token ids.
+        vocab_size: rows at and beyond it are padding and have no probability.
+        temperature: divides the logits.
+        chunk_tokens: tokens a chunk; by default as many as make a few MiB (CPU) or 256 MiB (CUDA) of logits.
+
+    Returns:
+        (logprobs [N], entropies [N]), both fp32.
+    """
+    first = state.tp_rank() * weight.size(0)
+    real = weight[: max(0, min(weight.size(0), vocab_size - first))]
+    chunk = chunk_tokens or _chunk_tokens(weight.size(0))
+    return _VocabParallelLogprobs.apply(hidden, real, targets, first, temperature, chunk)

@@ -1,0 +1,159 @@
+"""megatron's data-parallel wrapper, distributed optimizer and learning-rate schedule around one model."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from nemo_rlhf import device
+from nemo_rlhf.config.schema import OptimConfig
+from nemo_rlhf.parallel import state
+from nemo_rlhf.parallel.gpt import GPT
+
+# How optimizer state is laid out in a checkpoint: any other TP x PP x DP cut can read it.
+SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+def _mend_torch_adam() -> None:
+    """megatron-core 0.16.1 expects apex's or Transformer Engine's Adam when it saves or loads its distributed optimizer.
+
+    With torch's AdamW three things go wrong: ``state_dict`` asserts before the first step; after loading, all
+    parameters share one ``step`` tensor, which then advances once per parameter; and ``step`` is looked up among the
+    tensors of a parameter. Harmless with the other two, whose steps live elsewhere.
+    """
+    if getattr(DistributedOptimizer, "_torch_adam_mended", False):
+        return
+    original_state_dict, original_load = DistributedOptimizer.state_dict, DistributedOptimizer.load_state_dict
+
+    def state_dict(self: Any) -> Any:
+        if isinstance(self.optimizer, torch.optim.AdamW):
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    entry = self.optimizer.state[parameter]
+                    if "step" not in entry:
+                        entry["step"] = torch.zeros(())
+                        entry["exp_avg"] = torch.zeros_like(parameter)
+                        entry["exp_avg_sq"] = torch.zeros_like(parameter)
+        return original_state_dict(self)
+
+    def load_state_dict(self: Any, loaded: Any) -> None:
+        original_load(self, loaded)
+        for entry in self.optimizer.state.values():
+            if isinstance(entry.get("step"), torch.Tensor):
+                entry["step"] = entry["step"].clone()
+
+    @torch.no_grad()
+    def set_states(self: Any, model_param: Any, tensors: Any) -> None:
+        group, place = self.model_param_group_index_map[model_param]
+        main = self.optimizer.param_groups[group]["params"][place]
+        for name, value in {"param": main, **self.optimizer.state[main]}.items():
+            if name != "step":
+                value.copy_(tensors[name])
+
+    DistributedOptimizer.state_dict = state_dict
+    DistributedOptimizer.load_state_dict = load_state_dict
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states
+    DistributedOptimizer._torch_adam_mended = True
+
+
+class ModelOptimizer:
+    """AdamW on one model, its gradients and states sharded over the data-parallel ranks.
+
+    ``ddp`` is the model to train: pass it to ``schedule.forward_backward``.
+    """
+
+    def __init__(self, model: GPT, config: OptimConfig, total_steps: int) -> None:
+        """``total_steps``: optimizer steps in all, where cosine and linear schedules end."""
+        _mend_torch_adam()
+        self.model, self.config = model, config
+        self.ddp = DistributedDataParallel(
+            model.config,
+            DistributedDataParallelConfig(
+                use_distributed_optimizer=True,
+                overlap_grad_reduce=device.is_cuda() and state.dp_size() > 1,
+                grad_reduce_in_fp32=True,
+            ),
+            model,
+        )
+        model.config.finalize_model_grads_func = finalize_model_grads
+        if device.is_cuda() and state.dp_size() > 1:
+            model.config.no_sync_func = self.ddp.no_sync
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=config.lr,
+                min_lr=config.sched.min_lr,
+                weight_decay=config.weight_decay,
+                adam_beta1=config.betas[0],
+                adam_beta2=config.betas[1],
+                adam_eps=config.eps,
+                clip_grad=config.clip_grad,
+                bf16=model.config.bf16,
+                params_dtype=model.config.params_dtype,
+                use_distributed_optimizer=True,
+            ),
+            [self.ddp],
+        )
+        warmup = config.sched.warmup_steps
+        self.scheduler = OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=config.lr,
+            min_lr=config.sched.min_lr,
+            lr_warmup_steps=warmup,
+            lr_decay_steps=max(total_steps, warmup + 1),
+            lr_decay_style=config.sched.name,
+            start_wd=config.weight_decay,
+            end_wd=config.weight_decay,
+            wd_incr_steps=1,
+            wd_incr_style="constant",
+        )
+        self.scheduler.step(1)  # step n runs at the rate of n, so a warm-up does not begin with a step of rate 0
+
+    @property
+    def lr(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def zero_grad(self) -> None:
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def step(self) -> float:
+        """Clip, apply the accumulated gradient and advance the learning rate. Returns the norm before clipping.
+
+        A gradient that is not finite is not applied: the returned norm says so.
+        """
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        if not math.isfinite(norm):
+            return norm
+        for part in self.optimizer.chained_optimizers:
+            if self.config.clip_grad > 0 and not part.is_stub_optimizer and part.get_parameters():
+                part.clip_grad_norm(self.config.clip_grad)
+        self.optimizer.step_with_ready_grads()
+        self.scheduler.step(1)
+        return norm
+
+    def sharded_state_dict(self, loading: bool) -> dict[str, Any]:
+        metadata = {**SHARDING, "dp_cp_group": state.dp_group()}
+        model_state = self.model.sharded_state_dict(metadata=metadata)
+        return self.optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
+
+    def load_state_dict(self, loaded: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(loaded)
+
+    def offload(self) -> None:
+        """Move the optimizer's state to host memory and free the gradient buffers."""
+        self.optimizer.offload_to_cpu()
+        self.ddp.offload_grad_buffers()
+
+    def restore(self) -> None:
+        """Undo ``offload``; gradients are zero afterwards."""
+        self.ddp.restore_grad_buffers()
+        self.optimizer.restore_from_cpu()

@@ -1,0 +1,172 @@
+"""The one way tokens go through a model: microbatches, megatron's pipeline schedules, and one forward closure.
+
+A batch is cut into microbatches of rows of like length, each padded to its own longest row. What is computed from the
+hidden states of a microbatch is a function of the caller: a loss to learn from, or per-token numbers to keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from nemo_rlhf import device
+from nemo_rlhf.parallel import state
+from nemo_rlhf.parallel.gpt import GPT
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """Rows that go through the model together.
+
+    ``tokens`` [b, s]; ``selected`` [N] indices into ``tokens`` of the tokens under the mask; ``fields`` [N] each, what
+    the batch says of those tokens; ``places`` [N] (host) their indices in the whole batch [B, S].
+    """
+
+    tokens: Tensor
+    selected: Tensor
+    fields: Mapping[str, Tensor]
+    places: Tensor
+
+
+Loss = Callable[[GPT, Tensor, Microbatch], tuple[Tensor, dict[str, Tensor]]]
+Compute = Callable[[GPT, Tensor, Microbatch], dict[str, Tensor]]
+
+
+def cut(
+    tokens: Tensor,
+    mask: Tensor,
+    lengths: Tensor,
+    rows: Sequence[int],
+    *,
+    micro_batch_size: int,
+    fields: Mapping[str, Tensor] | None = None,
+    multiple_of: int = 1,
+) -> list[Microbatch]:
+    """Microbatches of the given rows of a batch of host tensors [B, S], moved to this rank's device.
+
+    Rows are grouped by length, so little is computed on padding. ``multiple_of`` rounds the padded length up
+    (sequence parallelism splits it).
+    """
+    order = sorted(rows, key=lambda row: int(lengths[row]), reverse=True)
+    microbatches = []
+    for start in range(0, len(order), micro_batch_size):
+        chosen = torch.tensor(order[start : start + micro_batch_size])
+        length = -(-int(lengths[chosen].max()) // multiple_of) * multiple_of
+        part_tokens = _columns(tokens[chosen], length)
+        row, place = _columns(mask[chosen], length).nonzero(as_tuple=True)
+        places = chosen[row] * tokens.size(1) + place
+        to = device.torch_device()
+        microbatches.append(
+            Microbatch(
+                tokens=part_tokens.to(to),
+                selected=(row * length + place).to(to),
+                fields={name: field.reshape(-1)[places].to(to) for name, field in (fields or {}).items()},
+                places=places,
+            )
+        )
+    return microbatches
+
+
+def _columns(matrix: Tensor, length: int) -> Tensor:
+    """The first ``length`` columns, zero-filled where there are fewer."""
+    return torch.nn.functional.pad(matrix[:, :length], (0, max(0, length - matrix.size(1))))
+
+
+def _run(model: Any, microbatches: Sequence[Microbatch], loss: Loss, forward_only: bool) -> list[dict[str, Tensor]]:
+    gpt: GPT = model if isinstance(model, GPT) else model.module
+
+    def forward_step(iterator: Any, wrapped: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        microbatch = next(iterator)
+        positions = torch.arange(microbatch.tokens.size(1), device=microbatch.tokens.device)
+        hidden = wrapped(microbatch.tokens, positions[None].expand_as(microbatch.tokens))
+        return hidden, lambda output: loss(gpt, output, microbatch)
+
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(microbatches),
+        model=[model],
+        num_microbatches=len(microbatches),
+        seq_length=max(m.tokens.size(1) for m in microbatches),
+        micro_batch_size=microbatches[0].tokens.size(0),
+        forward_only=forward_only,
+    )
+
+
+def forward_backward(model: Any, microbatches: Sequence[Microbatch], loss: Loss) -> dict[str, float]:
+    """Accumulate the gradient of the summed loss, over all microbatches and data-parallel ranks, in ``model``.
+
+    Args:
+        model: a GPT wrapped by megatron's DistributedDataParallel.
+        loss: returns a microbatch's share of the loss, already divided by the *global* number of valid tokens, so
+            that the gradient does not depend on how the batch was cut; and sums to log.
+
+    Returns:
+        The logged sums over microbatches and data-parallel ranks (their maximum for names that end in ``max_deviation``),
+        the same on every rank.
+    """
+    # megatron divides the loss by the number of microbatches and its gradient by the data-parallel size: undo both
+    scale = len(microbatches) * state.dp_size()
+
+    def scaled(gpt: GPT, hidden: Tensor, microbatch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
+        value, sums = loss(gpt, hidden, microbatch)
+        return value * scale, sums
+
+    return reduce_sums(_run(model, microbatches, scaled, forward_only=False))
+
+
+@torch.no_grad()
+def forward(model: Any, microbatches: Sequence[Microbatch], compute: Compute, like: Tensor) -> dict[str, Tensor]:
+    """Per-token results of a forward pass, put back in their places, on every pipeline stage.
+
+    Args:
+        compute: returns fp32 [N] tensors, one number for each selected token of the microbatch.
+        like: [B, S], the shape of the whole batch.
+
+    Returns:
+        Host tensors [B, S] fp32, zero where nothing was selected.
+    """
+
+    def no_loss(gpt: GPT, hidden: Tensor, microbatch: Microbatch) -> tuple[Tensor, Any]:
+        return hidden.new_zeros(()), (microbatch.places, compute(gpt, hidden, microbatch))
+
+    was_training = model.training
+    model.eval()
+    try:
+        outputs: list[Any] = _run(model, microbatches, no_loss, forward_only=True)
+    finally:
+        model.train(was_training)
+    names = _share_from_last_stage(sorted(outputs[0][1]) if outputs else None)
+    results = {}
+    for name in names:
+        whole = torch.zeros(like.numel(), dtype=torch.float32)
+        for places, result in outputs:
+            whole[places] = result[name].cpu()
+        results[name] = state.from_last_stage(whole).view(like.shape)
+    return results
+
+
+def reduce_sums(outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    """Sum logged numbers of the last stage over microbatches and data-parallel ranks; share them with all stages."""
+    reduced: dict[str, float] | None = None
+    if outputs:
+        names = sorted(outputs[0])
+        stacked = torch.stack([torch.stack([output[name].double() for name in names]) for output in outputs]).cpu()
+        sums = state.sum_over_data_parallel(stacked.sum(0))
+        maxima = state.max_over_data_parallel(stacked.amax(0))
+        reduced = {
+            name: float(maxima[i] if name.endswith("max_deviation") else sums[i]) for i, name in enumerate(names)
+        }
+    return _share_from_last_stage(reduced)
+
+
+def _share_from_last_stage(value: Any) -> Any:
+    if state.pp_size() == 1:
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box, group_src=state.pp_size() - 1, group=state.control_group())
+    return box[0]

@@ -1,0 +1,170 @@
+"""Process groups: which rank holds which part of the model and of the data.
+
+A thin reading of megatron-core's ``parallel_state``, plus gloo groups for what is small and lives on the host
+(sampled tokens, rewards, errors): they never share a communicator with the tensors of the device.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as ps
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from nemo_rlhf import device
+
+_stage_control: Any = None
+_model_control: Any = None
+_sizes: tuple[int, int] | None = None
+
+
+def initialize(tensor_parallel: int, pipeline_parallel: int, seed: int, timeout_s: int = 1800) -> None:
+    """Set up every group for a TP x PP x DP cut of the world; DP is what is left.
+
+    torch.distributed is initialised from the environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) when it is not
+    yet. A second call with other sizes cuts the same world anew.
+
+    Raises:
+        ValueError: the world size is not a multiple of TP x PP.
+    """
+    global _sizes
+    device.install()
+    timeout = timedelta(seconds=timeout_s)
+    if not dist.is_initialized():
+        dist.init_process_group(device.backend(), timeout=timeout)
+    world, model_ranks = dist.get_world_size(), tensor_parallel * pipeline_parallel
+    if world % model_ranks:
+        raise ValueError(
+            f"{world} processes cannot hold tensor_model_parallel_size={tensor_parallel} x "
+            f"pipeline_model_parallel_size={pipeline_parallel}: start a multiple of {model_ranks}."
+        )
+    if _sizes != (tensor_parallel, pipeline_parallel) or not ps.model_parallel_is_initialized():
+        ps.destroy_model_parallel()
+        ps.initialize_model_parallel(
+            tensor_parallel, pipeline_parallel, distributed_timeout_minutes=max(1, timeout_s // 60)
+        )
+        _make_control_groups(tensor_parallel, pipeline_parallel, timeout)
+        _sizes = (tensor_parallel, pipeline_parallel)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def _make_control_groups(tensor_parallel: int, pipeline_parallel: int, timeout: timedelta) -> None:
+    global _stage_control, _model_control
+    generator = ps.RankGenerator(
+        tp=tensor_parallel,
+        ep=1,
+        dp=dist.get_world_size() // (tensor_parallel * pipeline_parallel),
+        pp=pipeline_parallel,
+        cp=1,
+        order="tp-cp-ep-dp-pp",
+    )
+    # every rank must take part in the creation of every group
+    for ranks in generator.get_ranks("pp"):
+        group = dist.new_group(ranks, timeout=timeout, backend="gloo")
+        if dist.get_rank() in ranks:
+            _stage_control = group
+    for ranks in generator.get_ranks("tp-pp"):
+        group = dist.new_group(ranks, timeout=timeout, backend="gloo")
+        if dist.get_rank() in ranks:
+            _model_control = group
+
+
+def set_environment_for_one_process() -> None:
+    """Let ``initialize`` work in a process that no launcher started."""
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, value)
+    # port 0: the store of a world of one asks the system for a free one
+    os.environ.setdefault("MASTER_PORT", "0")
+
+
+def tp_rank() -> int:
+    return ps.get_tensor_model_parallel_rank()
+
+
+def tp_size() -> int:
+    return ps.get_tensor_model_parallel_world_size()
+
+
+def tp_group() -> Any:
+    return ps.get_tensor_model_parallel_group()
+
+
+def pp_rank() -> int:
+    return ps.get_pipeline_model_parallel_rank()
+
+
+def pp_size() -> int:
+    return ps.get_pipeline_model_parallel_world_size()
+
+
+def pp_group() -> Any:
+    return ps.get_pipeline_model_parallel_group()
+
+
+def dp_rank() -> int:
+    return ps.get_data_parallel_rank()
+
+
+def dp_size() -> int:
+    return ps.get_data_parallel_world_size()
+
+
+def dp_group() -> Any:
+    return ps.get_data_parallel_group()
+
+
+def is_first_stage() -> bool:
+    return ps.is_pipeline_first_stage()
+
+
+def is_last_stage() -> bool:
+    return ps.is_pipeline_last_stage()
+
+
+def control_group() -> Any:
+    """Gloo group of the pipeline stages that share this rank's tensor- and data-parallel place."""
+    return _stage_control
+
+
+def is_model_leader() -> bool:
+    """Whether this rank speaks for its model-parallel group: first stage, tensor-parallel rank 0."""
+    return tp_rank() == 0 and pp_rank() == 0
+
+
+def share_object(value: Any) -> Any:
+    """The model-parallel leader's ``value``, on every rank that holds a part of the same replica."""
+    box = [value]
+    dist.broadcast_object_list(box, group_src=0, group=_model_control)
+    return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """``value`` of every data-parallel rank, in their order, on all of them."""
+    gathered: list[Any] = [None] * dp_size()
+    dist.all_gather_object(gathered, value, group=ps.get_data_parallel_group_gloo())
+    return gathered
+
+
+def sum_over_data_parallel(tensor: torch.Tensor) -> torch.Tensor:
+    """A new tensor: the sum over data-parallel ranks. Takes host tensors, in their own precision."""
+    total = tensor.detach().cpu().clone()
+    dist.all_reduce(total, group=ps.get_data_parallel_group_gloo())
+    return total
+
+
+def max_over_data_parallel(tensor: torch.Tensor) -> torch.Tensor:
+    """A new tensor: the maximum over data-parallel ranks. Takes host tensors."""
+    total = tensor.detach().cpu().clone()
+    dist.all_reduce(total, op=dist.ReduceOp.MAX, group=ps.get_data_parallel_group_gloo())
+    return total
+
+
+def from_last_stage(tensor: torch.Tensor) -> torch.Tensor:
+    """The last pipeline stage's host tensor, on every stage. All stages pass one of the same shape and dtype."""
+    if pp_size() > 1:
+        dist.broadcast(tensor, group_src=pp_size() - 1, group=_stage_control)
+    return tensor

@@ -1,0 +1,92 @@
+"""The records that travel between the stages of training: one small frozen dataclass an arrow.
+
+Per-token tensors are aligned to the token itself: ``logprobs[b, t]`` is the log-probability of
+``tokens[b, t]`` given ``tokens[b, :t]``, and ``values[b, t]`` the value of the state before it. Position 0 has
+no predecessor and is never selected by a mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+FinishReason = Literal["eos", "stop", "length"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One tokenised prompt. ``metadata`` holds every other field of its record; rewards receive it."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One continuation to sample. ``sample_index`` keys its noise, so it is unique over a whole run."""
+
+    prompt: Prompt
+    sample_index: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt with the continuation that was generated for it.
+
+    ``response_ids`` are the sampled tokens, EOS included when it was drawn; text is never tokenised again.
+    ``text`` is the response as people read it: without special tokens, cut before the stop string.
+    """
+
+    prompt: Prompt
+    sample_index: int
+    response_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Samples of this data-parallel rank, in the order of their requests."""
+
+    samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A rollout with its rewards. ``scores``: [samples] fp32, one scalar a sample (0 where rewards are dense).
+    ``token_rewards``: [samples] of fp32 [response length], or None where every reward is a scalar."""
+
+    rollout: Rollout
+    scores: torch.Tensor
+    token_rewards: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What PPO learns from. All tensors [samples, sequence], right-padded, zero where ``response_mask`` is False.
+
+    ``tokens`` int64; ``response_mask`` bool, True on sampled tokens (EOS included); ``lengths`` int64 [samples],
+    prompt and response together; the others fp32: ``logprobs`` and ``ref_logprobs`` of the sampling policy and the
+    reference, ``values`` of the critic, ``advantages`` (whitened if configured) and ``returns``.
+    """
+
+    tokens: torch.Tensor
+    response_mask: torch.Tensor
+    lengths: torch.Tensor
+    logprobs: torch.Tensor
+    ref_logprobs: torch.Tensor
+    values: torch.Tensor
+    advantages: torch.Tensor
+    returns: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Text:
+    """One tokenised text for supervised training; ``loss_mask[t]`` says whether token t is learned."""
+
+    token_ids: tuple[int, ...]
+    loss_mask: tuple[bool, ...]
