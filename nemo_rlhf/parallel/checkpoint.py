@@ -1,0 +1,214 @@
+"""Checkpoints: directories that are whole or not there, and that any TP x PP x DP cut can read.
+
+Tensors are megatron-core's ``torch_dist``. A directory is written under a temporary name, gets a manifest of every
+file's size and checksum, and is renamed; ``verify`` tells a damaged one from a whole one.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from torch.distributed.checkpoint.api import CheckpointException
+
+from nemo_rlhf.config.architecture import Architecture
+from nemo_rlhf.parallel import state
+from nemo_rlhf.parallel.gpt import GPT
+
+MANIFEST = "manifest.json"
+WEIGHTS = "weights"
+_PARTIAL = ".partial"
+
+
+class SaveError(OSError):
+    """A checkpoint could not be written; what was there before is untouched."""
+
+
+def save_tensors(sharded_state: dict[str, Any], directory: Path) -> None:
+    """Write a sharded state dict, all ranks together. The directory must exist and be empty."""
+    if filesystem_async._results_queue is None:
+        # megatron would spawn its queue's process, which imports a user's script again
+        filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()
+    dist_checkpointing.save(sharded_state, str(directory))
+
+
+def load_tensors(sharded_state: dict[str, Any], directory: Path, strict: str = "raise_unexpected") -> dict[str, Any]:
+    """Read what a sharded state dict asks for.
+
+    Raises:
+        ValueError: the checkpoint does not hold it (another architecture, or damaged files).
+    """
+    try:
+        return dist_checkpointing.load(sharded_state, str(directory), strict=strict)
+    except (CheckpointException, CheckpointingException, KeyError, ValueError) as error:
+        detail = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{directory} does not fit this model, or is damaged ({detail}): check model.restore_from."
+        ) from error
+
+
+def _model_state(model: GPT) -> dict[str, Any]:
+    return model.sharded_state_dict(metadata={"dp_cp_group": state.dp_group()})
+
+
+def save_model(model: GPT, directory: Path) -> None:
+    """Write ``model_config.yaml`` and ``weights/`` of a Megatron checkpoint into an existing directory."""
+    weights = Path(directory) / WEIGHTS
+
+    def begin() -> None:
+        weights.mkdir(parents=True)
+        model.architecture.save(Path(directory))
+
+    on_rank_zero(begin)
+    save_tensors(_model_state(model), weights)
+
+
+def load_model(model: GPT, directory: Path, missing: Collection[str] = ()) -> None:
+    """Fill ``model`` with the weights of a Megatron checkpoint, whatever the cut that wrote it.
+
+    Args:
+        missing: parameter names that the checkpoint may lack (a new head); they are left as they are.
+
+    Raises:
+        ValueError: any other parameter is missing, or a shape differs.
+    """
+    weights = Path(directory) / WEIGHTS
+    wanted = {name: value for name, value in _model_state(model).items() if name not in missing}
+    if missing:  # heads that the checkpoint has and this model has not are left out on purpose
+        stored = dist_checkpointing.load_sharded_metadata(str(weights))
+        wanted.update({n: v for n, v in _model_state(model).items() if n in missing and v.key in stored})
+    loaded = load_tensors(wanted, weights, strict="assume_ok_unexpected")
+    incompatible = model.load_state_dict(loaded, strict=False)
+    absent = [n for n in incompatible.missing_keys if n not in missing and not n.endswith("_extra_state")]
+    if absent:
+        raise ValueError(f"{directory} lacks the weight {absent[0]}: it belongs to another architecture.")
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write(directory)`` (all ranks) fill a new directory, which then takes the name ``path``.
+
+    Raises:
+        SaveError: on every rank, when any of them failed to write; what stood at ``path`` is still there.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + _PARTIAL)
+
+    def begin() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    def finish() -> None:
+        if path.exists():
+            shutil.rmtree(path)
+        partial.rename(path)
+        _fsync(path.parent)
+
+    try:
+        on_rank_zero(begin)
+        write(partial)
+        _write_manifest(partial)
+        on_rank_zero(finish)
+    except (OSError, RuntimeError, CheckpointException, CheckpointingException) as error:
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        detail = " ".join(str(error).split())[:500] or type(error).__name__
+        raise SaveError(
+            f"the checkpoint {path} could not be written ({detail}): free space or name another directory; earlier "
+            f"checkpoints are untouched."
+        ) from error
+
+
+def on_rank_zero(action: Callable[[], None]) -> None:
+    """Run ``action`` on rank 0; all ranks go on together, or all raise its OSError and none waits for another."""
+    failure = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except OSError as error:
+            failure = [str(error)]  # type: ignore[list-item]
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise OSError(failure[0])
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _files(directory: Path) -> list[str]:
+    return sorted(str(f.relative_to(directory)) for f in directory.rglob("*") if f.is_file() and f.name != MANIFEST)
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _describe(directory: Path, names: list[str]) -> dict[str, list[int]]:
+    """Size and CRC-32 of each file, the work split among ranks. A file that is not there is left out."""
+    mine = {}
+    for name in names[dist.get_rank() :: dist.get_world_size()]:
+        file = directory / name
+        if file.is_file():
+            mine[name] = [file.stat().st_size, _checksum(file)]
+    parts: list[dict[str, list[int]]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return {name: entry for part in parts for name, entry in part.items()}
+
+
+def _write_manifest(directory: Path) -> None:
+    names = _files(directory)
+    for name in names[dist.get_rank() :: dist.get_world_size()]:
+        _fsync(directory / name)
+    files = _describe(directory, names)
+
+    def write() -> None:
+        (directory / MANIFEST).write_text(json.dumps({"files": files}, indent=0))
+        _fsync(directory / MANIFEST)
+        _fsync(directory)
+
+    on_rank_zero(write)
+
+
+def verify(directory: Path) -> None:
+    """Check a checkpoint against its manifest; all ranks take part.
+
+    Raises:
+        ValueError: names the first file that is missing or differs.
+    """
+    directory = Path(directory)
+    try:
+        expected = json.loads((directory / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"the checkpoint {directory} is damaged: its {MANIFEST} cannot be read ({error}).") from None
+    found = _describe(directory, sorted(expected))
+    for name, entry in sorted(expected.items()):
+        if found.get(name) != entry:
+            raise ValueError(f"the checkpoint {directory} is damaged: {name} is missing or differs from what was saved.")
+
+
+def save_object(value: Any, file: Path) -> None:
+    """Rank 0 writes plain Python numbers, strings, containers and tensors."""
+    on_rank_zero(lambda: torch.save(value, file))
+
+
+def load_object(file: Path) -> Any:
+    return torch.load(file, weights_only=True, map_location="cpu")
