@@ -107,7 +107,9 @@ def _patch_tensor() -> None:
 
     def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not args and not kwargs:
-            return original_type(self).replace("torch.", "torch.cuda.", 1)
+            name = original_type(self)
+            # inside `with torch.device(...)`, which Lightning uses, the original comes back here first
+            return name if name.startswith("torch.cuda.") else name.replace("torch.", "torch.cuda.", 1)
         args = tuple(a.replace("torch.cuda.", "torch.") if isinstance(a, str) else a for a in args)
         return original_type(self, *args, **kwargs)
 
@@ -172,6 +174,8 @@ def install() -> None:
     import megatron.core
     import torch._dynamo
 
+    # cached at first use, and `with torch.device("meta")` (transformers' loading) must know the original factories
+    torch.utils._device._device_constructors()
     torch._dynamo.config.disable = True  # megatron's jit_fuser is torch.compile, which needs a compiler on the host
     _patch_tensor()
     _patch_cuda()

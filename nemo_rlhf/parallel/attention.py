@@ -8,12 +8,12 @@ gives every row its own position, so that finished sequences are replaced one by
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.inference.contexts import BaseInferenceContext
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.attention import SelfAttention
@@ -26,79 +26,113 @@ from torch import Tensor
 class KVCache(BaseInferenceContext):
     """Keys (rotated) and values of ``num_slots`` sequences, one pair of tensors a layer, allocated at first use.
 
-    Call ``prefill`` or ``decode`` before each forward pass; it says what the pass computes.
+    Call ``prefill`` or ``decode`` before each forward pass: it says what the pass computes. A pass always covers slots
+    that lie side by side, so that attention reads a slice of the cache; ``move`` closes the gaps that others leave.
     """
 
     def __init__(self, num_slots: int, max_sequence_length: int) -> None:
         super().__init__(materialize_only_last_token_logits=False)
         self.num_slots = num_slots
         self.max_sequence_length = max_sequence_length
-        self.slots = torch.empty(0, dtype=torch.long)
-        self.positions: Tensor | None = None
         self.attention_mask: Tensor | None = None
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._slots = slice(0)
+        self._positions: Tensor | None = None
+        self._rows: Tensor | None = None
         self._num_keys = 0
+        self._rotation: tuple[Tensor, Tensor] | None = None
 
     def is_static_batching(self) -> bool:
         return True
 
     def is_decode_only(self) -> bool:
-        return self.positions is not None
+        return self._positions is not None
 
-    def prefill(self, slots: Tensor) -> None:
-        """The next forward runs tokens [n, S], right-padded, from position 0 into ``slots`` [n]."""
-        self.slots, self.positions, self.attention_mask = slots, None, None
+    def prefill(self, first_slot: int, num_rows: int) -> None:
+        """The next forward runs tokens [n, S], right-padded, from position 0 into ``num_rows`` slots."""
+        assert first_slot + num_rows <= self.num_slots
+        self._slots = slice(first_slot, first_slot + num_rows)
+        self._positions = self._rotation = self.attention_mask = None
 
-    def decode(self, slots: Tensor, positions: Tensor) -> None:
-        """The next forward runs tokens [n, 1] at ``positions`` [n] of ``slots`` [n]; each attends up to itself."""
-        self.slots, self.positions = slots, positions
-        self._num_keys = int(positions.max()) + 1
-        keys = torch.arange(self._num_keys, device=positions.device)
-        self.attention_mask = (keys[None] > positions[:, None])[:, None, None, :]  # True = masked, megatron's way
+    def decode(self, positions: Tensor, max_position: int) -> None:
+        """The next forward runs tokens [n, 1] of the first n slots at ``positions`` [n]; each attends up to itself.
+        ``max_position`` is the largest of them, which the host knows without asking the device."""
+        assert max_position < self.max_sequence_length
+        self._slots, self._positions, self._rotation = slice(positions.size(0)), positions, None
+        self._rows = torch.arange(positions.size(0), device=positions.device)
+        # what fused kernels ask of a mask's stride
+        self._num_keys = min(-(-(max_position + 1) // 8) * 8, self.max_sequence_length)
+        hidden = torch.arange(self._num_keys, device=positions.device) > positions[:, None]
+        # added to the scores: made once a step, where a boolean mask would be converted by every layer
+        bias = torch.zeros(hidden.shape, device=positions.device).masked_fill_(hidden, -torch.inf)
+        self.attention_mask = bias[:, None, None, :]
 
-    def layer(self, number: int, key: Tensor) -> tuple[Tensor, Tensor]:
+    def move(self, moves: Sequence[tuple[int, int]]) -> None:
+        """Give sequences other slots: (from, to); what was in the latter is overwritten."""
+        if not moves:
+            return
+        for pair in self._layers.values():
+            sources, targets = torch.tensor(moves, device=pair[0].device).unbind(1)
+            for tensor in pair:
+                tensor[targets] = tensor[sources]
+
+    def rotation(self, angles: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines [S or 1, 1 or n, 1, channels] of this pass, from all ``angles`` [max length, 1, 1,
+        channels]; computed by the first layer for all."""
+        if self._rotation is None:
+            rows = angles[:length] if self._positions is None else angles[self._positions].transpose(0, 1)
+            cos, sin = rows.cos().to(dtype), rows.sin().to(dtype)
+            first, second = sin.chunk(2, dim=-1)
+            self._rotation = cos, torch.cat((-first, second), dim=-1)
+        return self._rotation
+
+    def store(self, number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write this pass's key and value [S, n, groups, channels] of a layer; return what its queries attend to, in
+        the same form."""
+        keys, values = self._layer(number, key)
+        if self._positions is None:
+            length = key.size(0)
+            keys[self._slots, :, :length] = key.permute(1, 2, 0, 3)
+            values[self._slots, :, :length] = value.permute(1, 2, 0, 3)
+            return key, value
+        keys[self._rows, :, self._positions] = key[0]
+        values[self._rows, :, self._positions] = value[0]
+        keys, values = keys[self._slots, :, : self._num_keys], values[self._slots, :, : self._num_keys]
+        return keys.permute(2, 0, 1, 3), values.permute(2, 0, 1, 3)
+
+    def _layer(self, number: int, key: Tensor) -> tuple[Tensor, Tensor]:
         """This layer's (keys, values), each [slots, groups, max length, channels]."""
         if number not in self._layers:
             shape = (self.num_slots, key.size(2), self.max_sequence_length, key.size(3))
             self._layers[number] = (key.new_zeros(shape), key.new_zeros(shape))
         return self._layers[number]
 
-    def store(self, number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write this pass's key and value [S, n, groups, channels]; return what its queries attend to, same form."""
-        keys, values = self.layer(number, key)
-        if self.positions is None:
-            length = key.size(0)
-            keys[self.slots, :, :length] = key.permute(1, 2, 0, 3)
-            values[self.slots, :, :length] = value.permute(1, 2, 0, 3)
-            return key, value
-        keys[self.slots, :, self.positions] = key[0]
-        values[self.slots, :, self.positions] = value[0]
-        if self.slots.numel() != self.num_slots:  # all slots in order need no copy
-            keys, values = keys[self.slots, :, : self._num_keys], values[self.slots, :, : self._num_keys]
-        else:
-            keys, values = keys[:, :, : self._num_keys], values[:, :, : self._num_keys]
-        return keys.permute(2, 0, 1, 3), values.permute(2, 0, 1, 3)
-
 
 class CachedSelfAttention(SelfAttention):
     """megatron's self-attention, which keeps rotated keys in a ``KVCache`` instead of rotating all of them anew."""
 
     def _adjust_key_value_for_inference(
-        self, inference_context: Any, query: Tensor, key: Tensor, value: Tensor, rotary_pos_emb: Any, *args: Any, **kw: Any
+        self,
+        inference_context: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rotary_pos_emb: Any,
+        *args: Any,
+        **kw: Any,
     ) -> Any:
         if not isinstance(inference_context, KVCache):
             return super()._adjust_key_value_for_inference(
                 inference_context, query, key, value, rotary_pos_emb, *args, **kw
             )
-        positions = inference_context.positions
         if rotary_pos_emb is not None:
-            angles = rotary_pos_emb[0]  # [max length, 1, 1, channels]
-            angles = angles[: key.size(0)] if positions is None else angles[positions].transpose(0, 1)
-            cp_group = self.pg_collection.cp
-            query = apply_rotary_pos_emb(query, angles, config=self.config, cp_group=cp_group)
-            key = apply_rotary_pos_emb(key, angles, config=self.config, cp_group=cp_group)
+            # the same arithmetic as megatron's apply_rotary_pos_emb, query and key in one go
+            both = torch.cat((query, key), dim=2)
+            cos, sin = inference_context.rotation(rotary_pos_emb[0], key.size(0), key.dtype)
+            both = both * cos + both.roll(both.size(-1) // 2, dims=-1) * sin
+            query, key = both.split((query.size(2), key.size(2)), dim=2)
         key, value = inference_context.store(self.layer_number, key, value)
-        mask_type = AttnMaskType.causal if positions is None else AttnMaskType.no_mask
+        mask_type = AttnMaskType.no_mask if inference_context.is_decode_only() else AttnMaskType.causal
         return query, key, value, None, mask_type, None
 
 
@@ -106,18 +140,25 @@ def sdpa(
     query: Tensor, key: Tensor, value: Tensor, masked: Tensor | None, causal: bool, scale: float, dropout: float = 0.0
 ) -> Tensor:
     """Attention of [S, B, heads, channels] queries over [T, B, groups, channels]; returns [S, B, heads * channels].
-    ``masked`` broadcasts to [B, heads, S, T], True where a key is hidden."""
+    ``masked`` broadcasts to [B, heads, S, T]: True where a key is hidden, or numbers to add to the scores."""
     q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    if q.size(2) == 1 and not causal and (masked is None or masked.size(1) == 1):
+        # one query a head: those of a group become a sequence, which reads their key and value heads once
+        q = q.reshape(q.size(0), k.size(1), -1, q.size(3))
+    if masked is not None:
+        masked = ~masked if masked.dtype == torch.bool else masked.to(q.dtype)
     out = F.scaled_dot_product_attention(
         q,
         k,
         v,
-        attn_mask=None if masked is None else ~masked,
+        attn_mask=masked,
         is_causal=causal,
         dropout_p=dropout,
         scale=scale,
         enable_gqa=q.size(1) != k.size(1),
     )
+    if q.size(2) != query.size(0):
+        return out.reshape(1, query.size(1), -1)
     return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
 
 

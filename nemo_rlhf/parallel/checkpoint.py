@@ -205,6 +205,15 @@ def verify(directory: Path) -> None:
             raise ValueError(f"the checkpoint {directory} is damaged: {name} is missing or differs from what was saved.")
 
 
+def remove(directory: Path) -> None:
+    """Delete a checkpoint: renamed first, so that what is left of an interrupted deletion is not taken for whole."""
+    if dist.get_rank() == 0 and directory.is_dir():
+        doomed = directory.with_name(directory.name + _PARTIAL)
+        shutil.rmtree(doomed, ignore_errors=True)
+        directory.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
 def save_object(value: Any, file: Path) -> None:
     """Rank 0 writes plain Python numbers, strings, containers and tensors."""
     on_rank_zero(lambda: torch.save(value, file))

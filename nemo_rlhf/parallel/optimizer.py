@@ -15,6 +15,7 @@ from nemo_rlhf import device
 from nemo_rlhf.config.schema import OptimConfig
 from nemo_rlhf.parallel import state
 from nemo_rlhf.parallel.gpt import GPT
+from nemo_rlhf.parallel.offload import Offload
 
 # How optimizer state is laid out in a checkpoint: any other TP x PP x DP cut can read it.
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -114,11 +115,9 @@ class ModelOptimizer:
             wd_incr_steps=1,
             wd_incr_style="constant",
         )
+        self._offload: Offload | None = None
+        self.last_lr = 0.0  # that of the last update
         self.scheduler.step(1)  # step n runs at the rate of n, so a warm-up does not begin with a step of rate 0
-
-    @property
-    def lr(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
 
     def zero_grad(self) -> None:
         self.ddp.zero_grad_buffer()
@@ -136,6 +135,7 @@ class ModelOptimizer:
         for part in self.optimizer.chained_optimizers:
             if self.config.clip_grad > 0 and not part.is_stub_optimizer and part.get_parameters():
                 part.clip_grad_norm(self.config.clip_grad)
+        self.last_lr = float(self.optimizer.param_groups[0]["lr"])
         self.optimizer.step_with_ready_grads()
         self.scheduler.step(1)
         return norm
@@ -150,10 +150,23 @@ class ModelOptimizer:
 
     def offload(self) -> None:
         """Move the optimizer's state to host memory and free the gradient buffers."""
-        self.optimizer.offload_to_cpu()
+        if self._offload is None:
+            main = [p for group in self.optimizer.param_groups for p in group["params"]]
+            moments = [
+                value
+                for part in self.optimizer.chained_optimizers
+                if part.optimizer is not None
+                for entry in part.optimizer.state.values()
+                for value in entry.values()
+                if isinstance(value, torch.Tensor) and value.device == main[0].device and value.dim()
+            ]
+            # in fp32 the optimizer's parameters are the model's own
+            self._offload = Offload(main + moments, keep=self.model.parameters())
+        self._offload.out()
         self.ddp.offload_grad_buffers()
 
     def restore(self) -> None:
         """Undo ``offload``; gradients are zero afterwards."""
+        assert self._offload is not None
         self.ddp.restore_grad_buffers()
-        self.optimizer.restore_from_cpu()
+        self._offload.back()

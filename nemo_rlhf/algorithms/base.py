@@ -1,0 +1,179 @@
+"""What every algorithm is to Lightning: a module whose training step is one step of the algorithm."""
+
+from __future__ import annotations
+
+import json
+import time
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+
+from nemo_rlhf import device
+from nemo_rlhf.config.architecture import Architecture
+from nemo_rlhf.data.tokenizer import fingerprint
+from nemo_rlhf.parallel import checkpoint, state
+
+_STATE, _IDENTITY = "state.pt", "identity.json"
+Metrics = dict[str, float]
+
+
+class StepCounter(torch.optim.Optimizer):
+    """The optimizer that Lightning sees: one step of it is one step of the algorithm, however many updates of however
+    many models that makes. Lightning counts its steps, and whatever counts steps counts these."""
+
+    def __init__(self) -> None:
+        super().__init__([torch.zeros(())], {})
+
+    def step(self, closure: Any = None) -> Any:
+        return closure()
+
+
+class _Steps(torch.utils.data.IterableDataset):
+    """Numbers of the steps to come. Data is a function of the step, so there is no position to restore."""
+
+    def __init__(self, algorithm: Algorithm) -> None:
+        self._algorithm = algorithm
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self._algorithm.completed_steps, self._algorithm.max_steps))
+
+
+class Algorithm(LightningModule):
+    """``completed_steps``: steps done, over all resumptions; ``metrics``: those of the last one."""
+
+    def __init__(
+        self, run_dir: Path, max_steps: int, val_check_interval: int, tokenizer: Any, tokenizer_dir: Path
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.run_dir, self.max_steps, self.val_check_interval = Path(run_dir), max_steps, val_check_interval
+        self.tokenizer, self.tokenizer_dir = tokenizer, tokenizer_dir
+        self.completed_steps = 0
+        self.metrics: Metrics = {}
+
+    @abstractmethod
+    def run_step(self, step: int) -> Metrics:
+        """One step of the algorithm; all ranks call it."""
+
+    @abstractmethod
+    def validate(self) -> Metrics:
+        """Metrics ``val/...``; all ranks call it."""
+
+    @abstractmethod
+    def architecture(self) -> Architecture:
+        """Of the model that is trained."""
+
+    @abstractmethod
+    def save_models(self, directory: Path) -> None:
+        """Models and optimizers, into an existing directory."""
+
+    @abstractmethod
+    def load_models(self, directory: Path) -> None:
+        """What ``save_models`` wrote."""
+
+    @abstractmethod
+    def loop_state(self) -> dict[str, Any]:
+        """Plain numbers that the next step depends on."""
+
+    @abstractmethod
+    def load_loop_state(self, loaded: dict[str, Any]) -> None:
+        """What ``loop_state`` gave."""
+
+    def configure_optimizers(self) -> StepCounter:
+        return StepCounter()
+
+    def train_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader(_Steps(self), batch_size=None)
+
+    def on_train_start(self) -> None:
+        if self.completed_steps == 0 and self.val_check_interval:
+            self._log(self.validate())
+
+    def training_step(self, batch: int, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        optimizer.step(closure=lambda: self._step(int(batch)))
+
+    def _step(self, step: int) -> None:
+        start = time.perf_counter()
+        metrics = self.run_step(step)
+        device.synchronize()
+        metrics["time/total_s"] = time.perf_counter() - start
+        metrics["memory/peak_mib"] = float(state.max_over_data_parallel(torch.tensor(device.peak_memory_mib())))
+        self.completed_steps = step + 1
+        last = self.completed_steps == self.max_steps
+        if self.val_check_interval and (self.completed_steps % self.val_check_interval == 0 or last):
+            metrics |= self.validate()
+        self._log(metrics)
+
+    def _log(self, metrics: Metrics) -> None:
+        self.metrics = metrics
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if self.completed_steps % every == 0 or self.completed_steps == self.max_steps:
+            for logger in self.trainer.loggers:
+                logger.log_metrics(metrics, step=self.completed_steps)
+
+    def save_to(self, directory: Path) -> None:
+        """Everything that the next step depends on, into an existing directory; all ranks call it."""
+        self.save_models(directory)
+        loop = {"completed_steps": self.completed_steps, "rng": torch.get_rng_state(), **self.loop_state()}
+        checkpoint.save_object(loop, directory / _STATE)
+        identity = json.dumps({**self._identity(), "step": self.completed_steps, "metrics": self.metrics}, indent=1)
+        checkpoint.on_rank_zero(lambda: (directory / _IDENTITY).write_text(identity) and None)
+
+    def load_from(self, directory: Path) -> None:
+        """Continue from what ``save_to`` wrote.
+
+        Raises:
+            ValueError: it belongs to another model, tokenizer or algorithm.
+        """
+        stored = json.loads((directory / _IDENTITY).read_text())
+        for name, value in self._identity().items():
+            if stored.get(name) != value:
+                raise ValueError(
+                    f"the checkpoint {directory} has another {name} than model.restore_from: use the model that this "
+                    f"run was started with, or another exp_manager.explicit_log_dir."
+                )
+        self.load_models(directory)
+        loop = checkpoint.load_object(directory / _STATE)
+        self.completed_steps = loop["completed_steps"]
+        torch.set_rng_state(loop["rng"])
+        self.load_loop_state(loop)
+
+    def _identity(self) -> dict[str, Any]:
+        architecture = self.architecture()
+        sizes = {
+            name: value
+            for name, value in vars(architecture).items()
+            if name not in ("hf_config", "initializer_range", "dtype", "heads")
+        }
+        return {
+            "algorithm": type(self).__name__,
+            "architecture": json.loads(json.dumps(sizes)),
+            "tokenizer": fingerprint(self.tokenizer),
+        }
+
+
+def stored_metrics(directory: Path) -> tuple[int, Metrics]:
+    """Step and metrics of a checkpoint. Raises OSError, ValueError or KeyError where there is no whole one."""
+    stored = json.loads((directory / _IDENTITY).read_text())
+    return stored["step"], stored["metrics"]
+
+
+class PhaseTimer:
+    """Seconds by phase, as metrics ``time/<phase>_s``."""
+
+    def __init__(self) -> None:
+        self.metrics: Metrics = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        device.synchronize()
+        start = time.perf_counter()
+        yield
+        device.synchronize()
+        self.metrics[f"time/{phase}_s"] = time.perf_counter() - start

@@ -1,0 +1,363 @@
+"""PPO (Schulman et al. 2017) on language models: prompts -> rollout -> score -> experience -> update.
+
+After sampling, every rank holds the whole rollout batch on the host and the models evaluate and learn from shares of it.
+So advantages, minibatches and metrics are the same for every TP x PP x DP cut.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nemo_rlhf.algorithms.base import Algorithm, Metrics, PhaseTimer
+from nemo_rlhf.algorithms.evaluate import evaluate, sample_and_score, write_samples
+from nemo_rlhf.algorithms.roles import open_role, save_role
+from nemo_rlhf.config.architecture import Architecture
+from nemo_rlhf.config.sampling import sampling_sweep
+from nemo_rlhf.config.schema import PPOConfig
+from nemo_rlhf.data.batches import pad_samples
+from nemo_rlhf.data.prompts import PromptStream
+from nemo_rlhf.generation.engine import Engine
+from nemo_rlhf.generation.sampling import SamplingParams
+from nemo_rlhf.losses.ppo import policy_loss, value_loss
+from nemo_rlhf.models.base import NonFiniteError
+from nemo_rlhf.models.critic import CriticModel
+from nemo_rlhf.models.policy import PolicyModel
+from nemo_rlhf.models.reference import Reference, ResidentReference, SwappedReference
+from nemo_rlhf.ops.kl import next_kl_coef
+from nemo_rlhf.ops.scaling import ScoreStatistics
+from nemo_rlhf.parallel import checkpoint, state
+from nemo_rlhf.parallel.gpt import GPT
+from nemo_rlhf.parallel.schedule import Microbatch
+from nemo_rlhf.rollout.collect import make_requests
+from nemo_rlhf.rollout.experience import Evaluation, build_experience
+from nemo_rlhf.rollout.score import RewardFunction
+from nemo_rlhf.types import Experience, Prompt, Scored
+
+_EXACT = 1e-6  # CPU fp32 gives 0; kernels that depend on shapes, or bf16, do not
+_PERMUTATION_STREAM = 0x9E3779B97F4A7C15  # keeps shuffles apart from the data order of the same seed
+
+
+@dataclass(frozen=True)
+class PPOInputs:
+    """What PPO works on, beside its configuration. ``metric_fn`` is called like the reward function and returns
+    numbers, or lists of them, by name."""
+
+    tokenizer: Any
+    tokenizer_dir: Path
+    prompts: Sequence[Prompt]
+    reward_fn: RewardFunction
+    validation_prompts: Sequence[Prompt] = ()
+    metric_fn: Callable[..., dict[str, Any]] | None = None
+
+
+class PPO(Algorithm):
+    policy: PolicyModel
+    critic: CriticModel
+    reference: Reference
+
+    def __init__(self, config: PPOConfig, inputs: PPOInputs) -> None:
+        interval = config.trainer.val_check_interval if inputs.validation_prompts else 0
+        run_dir = Path(config.exp_manager.explicit_log_dir)
+        super().__init__(run_dir, config.trainer.max_steps, interval, inputs.tokenizer, inputs.tokenizer_dir)
+        self.config, self.inputs = config, inputs
+        self.prompts = PromptStream(inputs.prompts, config.ppo.num_prompts, config.seed, config.data.shuffle)
+        rollout_sampling, self.validations = sampling_sweep(config.generation)
+        self.sampling = SamplingParams(**rollout_sampling)
+        self.kl_coef = config.ppo.kl.coef
+        self.statistics = ScoreStatistics()
+        self.kl_at_start = float("nan")
+
+    def configure_model(self) -> None:
+        config, model = self.config, self.config.model
+        precision, total = config.trainer.precision, config.trainer.max_steps * self._updates_per_step()
+
+        def open_policy() -> PolicyModel:
+            return open_role(PolicyModel, model, model.restore_from, precision, config.seed)
+
+        self.policy = open_policy()
+        self.policy.make_trainable(model.optim, total)
+        self.critic = open_role(
+            CriticModel, model, model.critic.restore_from or model.restore_from, precision, config.seed
+        )
+        if self.critic.architecture.vocab_size != self.policy.architecture.vocab_size:
+            raise ValueError(
+                f"the critic in {model.critic.restore_from} has a vocabulary of {self.critic.architecture.vocab_size} and "
+                f"the policy one of {self.policy.architecture.vocab_size}: both must read the same tokens."
+            )
+        self.critic.make_trainable(model.critic.optim, total)
+        if config.ppo.reference == "swap":
+            self.reference = SwappedReference(self.policy)
+        else:
+            self.reference = ResidentReference(self.policy, open_policy, "reference" in config.ppo.offload)
+        self.engine = Engine(
+            self.policy.gpt,
+            self.tokenizer,
+            num_slots=config.generation.num_slots,
+            max_sequence_length=self.policy.architecture.max_position_embeddings,
+        )
+
+    def on_fit_start(self) -> None:
+        if "critic" in self.config.ppo.offload:
+            self.critic.weights_out()
+
+    # ---- one step, arrow by arrow
+
+    def run_step(self, step: int) -> Metrics:
+        timer = PhaseTimer()
+        with timer("rollout"):
+            scored, score_s = self.collect(step)
+        timer.metrics["time/rollout_s"] -= score_s
+        timer.metrics["time/score_s"] = score_s
+        with timer("experience"):
+            experience, metrics = self.experience(scored)
+        with timer("update"):
+            metrics |= self.update(experience, step)
+        metrics |= timer.metrics
+        responses = int(experience.response_mask.sum())
+        metrics["perf/generated_tokens_per_s"] = responses / metrics["time/rollout_s"]
+        metrics["perf/trained_tokens_per_s"] = (
+            int(experience.lengths.sum()) * metrics["epochs"] / metrics["time/update_s"]
+        )
+        write_samples(self.run_dir / "rollouts" / f"step_{step + 1}.jsonl", scored)
+        return metrics
+
+    def collect(self, step: int) -> tuple[Scored, float]:
+        """Sample and score this step's prompts; the whole batch, on every rank, and the seconds scoring took."""
+        ppo = self.config.ppo
+        first = step * ppo.num_prompts * ppo.samples_per_prompt
+        requests = make_requests(self.prompts.batch(step), ppo.samples_per_prompt, first)
+        return sample_and_score(self.engine, requests, self.sampling, self.inputs.reward_fn, self.tokenizer)
+
+    def experience(self, scored: Scored) -> tuple[Experience, Metrics]:
+        batch = pad_samples(scored.rollout.samples, self.tokenizer.pad_token_id)
+        evaluation = self.evaluate_tokens(*batch)
+        if self.completed_steps == 0:
+            difference = (evaluation.logprobs - evaluation.ref_logprobs).abs().max()
+            self.kl_at_start = float(difference)
+            if self.kl_at_start > _EXACT:
+                warnings.warn(
+                    f"policy and reference differ by {self.kl_at_start:.1e} in log-probability before any update.",
+                    stacklevel=2,
+                )
+        experience, self.statistics, metrics = build_experience(
+            scored, batch, evaluation, self.config.ppo, self.kl_coef, self.statistics
+        )
+        kl = self.config.ppo.kl
+        self.kl_coef = next_kl_coef(self.kl_coef, metrics["kl/sequence"], kl.target, kl.horizon, len(batch[2]))
+        return experience, {**metrics, "check/kl_step0": self.kl_at_start}
+
+    def evaluate_tokens(self, tokens: Tensor, mask: Tensor, lengths: Tensor) -> Evaluation:
+        """Every model's view of the sampled tokens, in the very microbatches that the first epoch learns from."""
+        microbatches = [m for rows in self.minibatches(len(lengths)) for m in self.policy.cut(tokens, mask, lengths, rows)]
+        temperature = self.sampling.temperature
+        logprobs, entropy = self.policy.logprobs(microbatches, temperature, tokens)
+        ref_logprobs = self.reference.logprobs(microbatches, temperature, tokens)
+        with self._critic_on_device():
+            values = self.critic.values(microbatches, tokens)
+        return Evaluation(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, entropy=entropy)
+
+    def update(self, experience: Experience, step: int) -> Metrics:
+        """The inner epochs: critic and policy learn from minibatches of the whole batch."""
+        ppo = self.config.ppo
+        log = _UpdateLog()
+        with self._critic_on_device(), self._optimizers_on_device():
+            for epoch in range(ppo.epochs):
+                for rows in self.minibatches(len(experience.lengths), step, epoch):
+                    tokens = int(experience.response_mask[rows].sum())
+                    log.add(*self._learn(self.critic, experience, rows, self._value_loss(tokens)), tokens)
+                    if step >= ppo.critic_warmup_steps:
+                        log.add(*self._learn(self.policy, experience, rows, self._policy_loss(tokens)), tokens)
+                log.end_epoch()
+                if ppo.target_kl is not None and log.last_kl > ppo.target_kl:
+                    break
+        metrics = log.metrics()
+        assert self.policy.learner is not None and self.critic.learner is not None
+        metrics |= {"lr/policy": self.policy.learner.last_lr, "lr/critic": self.critic.learner.last_lr}
+        if abs(metrics["check/ratio_step0"] - 1.0) > _EXACT and step == 0:
+            warnings.warn(
+                f"ratios before the first update go up to {metrics['check/ratio_step0']:.6f} and should be 1: "
+                f"log-probabilities of sampling and training differ.",
+                stacklevel=2,
+            )
+        return metrics
+
+    # ---- parts of a step
+
+    def minibatches(self, num_samples: int, step: int = 0, epoch: int = 0) -> Iterator[list[int]]:
+        """Rows of each minibatch: in order in the first epoch, shuffled by (seed, step, epoch) in the others."""
+        rows = np.arange(num_samples)
+        if epoch:
+            key = np.array([(self.config.seed + _PERMUTATION_STREAM) % 2**64, step * 2**20 + epoch], dtype=np.uint64)
+            rows = np.random.Generator(np.random.Philox(key=key)).permutation(num_samples)
+        size = self.config.ppo.minibatch_size
+        return (rows[start : start + size].tolist() for start in range(0, num_samples, size))
+
+    def _updates_per_step(self) -> int:
+        ppo = self.config.ppo
+        return ppo.epochs * (ppo.num_prompts * ppo.samples_per_prompt // ppo.minibatch_size)
+
+    def _learn(self, model: PolicyModel | CriticModel, experience: Experience, rows: list[int], loss: Any) -> Any:
+        fields = {
+            "logprobs": experience.logprobs,
+            "values": experience.values,
+            "advantages": experience.advantages,
+            "returns": experience.returns,
+        }
+        microbatches = model.cut(experience.tokens, experience.response_mask, experience.lengths, rows, fields)
+        try:
+            return (*model.learn(microbatches, loss), model.role)
+        except NonFiniteError as error:
+            path = self.run_dir / f"bad_batch_step_{self.completed_steps + 1}.pt"
+            kept = {name: value[rows] for name, value in vars(experience).items()}
+            checkpoint.save_object({**kept, "role": model.role}, path)
+            raise NonFiniteError(
+                f"{error} in step {self.completed_steps + 1}: the update was not applied and its batch is in {path}; lower "
+                f"the learning rate or look at the batch, then run again to go on from the last checkpoint."
+            ) from None
+
+    def _policy_loss(self, tokens: int) -> Any:
+        ppo, temperature = self.config.ppo, self.sampling.temperature
+
+        def loss(gpt: GPT, hidden: Tensor, batch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
+            logprobs, entropy = gpt.vocab_logprobs(hidden, batch.tokens, batch.selected, temperature)
+            return policy_loss(
+                logprobs,
+                batch.fields["logprobs"],
+                batch.fields["advantages"],
+                torch.ones_like(batch.selected, dtype=torch.bool),
+                clip_low=ppo.clip_low,
+                clip_high=ppo.clip_high,
+                dual_clip=ppo.dual_clip,
+                entropy=entropy if ppo.entropy_coef else None,
+                entropy_coef=ppo.entropy_coef,
+                normalizer=tokens,
+            )
+
+        return loss
+
+    def _value_loss(self, tokens: int) -> Any:
+        def loss(gpt: GPT, hidden: Tensor, batch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
+            return value_loss(
+                gpt.values(hidden, batch.tokens, batch.selected),
+                batch.fields["values"],
+                batch.fields["returns"],
+                torch.ones_like(batch.selected, dtype=torch.bool),
+                value_clip=self.config.ppo.value_clip,
+                normalizer=tokens,
+            )
+
+        return loss
+
+    @contextmanager
+    def _critic_on_device(self) -> Iterator[None]:
+        away = "critic" in self.config.ppo.offload and self.critic.weights_are_out
+        if away:
+            self.critic.weights_back()
+        yield
+        if away:
+            self.critic.weights_out()
+
+    @contextmanager
+    def _optimizers_on_device(self) -> Iterator[None]:
+        learners = [self.policy.learner, self.critic.learner] if "optimizer" in self.config.ppo.offload else []
+        for learner in learners:
+            learner.restore()  # type: ignore[union-attr]
+        yield
+        for learner in learners:
+            learner.offload()  # type: ignore[union-attr]
+
+    # ---- what Algorithm asks for
+
+    def validate(self) -> Metrics:
+        return evaluate(
+            self.engine,
+            self.inputs.validation_prompts,
+            self.validations,
+            self.inputs.reward_fn,
+            self.inputs.metric_fn,
+            self.tokenizer,
+            mode=self.config.exp_manager.checkpoint_callback_params.mode,
+        )
+
+    def architecture(self) -> Architecture:
+        return self.policy.architecture
+
+    def loop_state(self) -> dict[str, Any]:
+        return {
+            "kl_coef": self.kl_coef,
+            "statistics": self.statistics.to_dict(),
+            "kl_at_start": self.kl_at_start,
+        }
+
+    def load_loop_state(self, loaded: dict[str, Any]) -> None:
+        self.kl_coef, self.kl_at_start = loaded["kl_coef"], loaded["kl_at_start"]
+        self.statistics = ScoreStatistics.from_dict(loaded["statistics"])
+
+    def save_models(self, directory: Path) -> None:
+        with self._critic_on_device(), self._optimizers_on_device():
+            for model in (self.policy, self.critic):
+                save_role(model, directory / model.role, self.tokenizer_dir)
+                model.save_training_state(directory / "training" / model.role)
+
+    def load_models(self, directory: Path) -> None:
+        with self._critic_on_device(), self._optimizers_on_device():
+            for model in (self.policy, self.critic):
+                checkpoint.load_model(model.gpt, directory / model.role)
+                model.load_training_state(directory / "training" / model.role)
+
+
+class _UpdateLog:
+    """Sums of the updates of one step, and what they come to per token."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._tokens: dict[str, int] = {}
+        self._norms: dict[str, list[float]] = {}
+        self._epoch_kl = self._epoch_tokens = 0.0
+        self._first_deviation: float | None = None
+        self._largest_deviation = 0.0
+        self.last_kl = 0.0
+        self.epochs = 0
+
+    def add(self, sums: dict[str, float], norm: float, role: str, tokens: int) -> None:
+        deviation = sums.pop("ratio/max_deviation", None)
+        if deviation is not None:
+            self._largest_deviation = max(self._largest_deviation, deviation)
+            if self._first_deviation is None:
+                self._first_deviation = deviation
+            self._epoch_kl += sums["approx_kl"]
+            self._epoch_tokens += tokens
+        for name, value in sums.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._tokens[role] = self._tokens.get(role, 0) + tokens
+        self._norms.setdefault(role, []).append(norm)
+
+    def end_epoch(self) -> None:
+        self.last_kl = self._epoch_kl / max(1.0, self._epoch_tokens)
+        self._epoch_kl = self._epoch_tokens = 0.0
+        self.epochs += 1
+
+    def metrics(self) -> Metrics:
+        """A step of critic warm-up leaves the policy as it is: its ratios are 1 and its losses 0."""
+        names = ("loss/policy", "ratio/mean", "clipfrac/policy", "approx_kl")
+        idle = {"loss/policy": 0.0, "ratio/mean": 1.0, "clipfrac/policy": 0.0, "approx_kl": 0.0}
+        policy_tokens = self._tokens.get("policy", 0)
+        metrics = {n: self._sums[n] / policy_tokens if policy_tokens else idle[n] for n in names}
+        for name in ("loss/value", "clipfrac/value"):
+            metrics[name] = self._sums[name] / self._tokens["critic"]
+        for role in ("policy", "critic"):
+            norms = self._norms.get(role, [0.0])
+            metrics[f"grad_norm/{role}"] = sum(norms) / len(norms)
+        metrics["ratio/max_deviation"] = self._largest_deviation
+        metrics["check/ratio_step0"] = 1.0 + (self._first_deviation or 0.0)
+        metrics["epochs"] = float(self.epochs)
+        return metrics

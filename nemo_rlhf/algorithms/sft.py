@@ -1,0 +1,116 @@
+"""Supervised fine-tuning: texts -> loss -> update, and what a policy starts from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_rlhf.algorithms.base import Algorithm, Metrics, PhaseTimer
+from nemo_rlhf.algorithms.roles import open_role, save_role
+from nemo_rlhf.config.architecture import Architecture
+from nemo_rlhf.config.schema import SFTConfig
+from nemo_rlhf.data.batches import pad_texts
+from nemo_rlhf.data.texts import TextStream
+from nemo_rlhf.losses.sft import sft_loss
+from nemo_rlhf.models.base import NonFiniteError
+from nemo_rlhf.models.policy import PolicyModel
+from nemo_rlhf.parallel import checkpoint
+from nemo_rlhf.parallel.gpt import GPT
+from nemo_rlhf.parallel.schedule import Microbatch
+from nemo_rlhf.types import Text
+
+_VALIDATION_ROWS = 256  # texts that are padded together
+
+
+class SFT(Algorithm):
+    policy: PolicyModel
+
+    def __init__(
+        self,
+        config: SFTConfig,
+        tokenizer: Any,
+        tokenizer_dir: Path,
+        texts: Sequence[Text],
+        validation_texts: Sequence[Text] = (),
+    ) -> None:
+        interval = config.trainer.val_check_interval if validation_texts else 0
+        run_dir = Path(config.exp_manager.explicit_log_dir)
+        super().__init__(run_dir, config.trainer.max_steps, interval, tokenizer, tokenizer_dir)
+        self.config, self.validation_texts = config, validation_texts
+        self.texts = TextStream(texts, config.model.global_batch_size, config.seed, config.data.shuffle)
+
+    def configure_model(self) -> None:
+        model = self.config.model
+        self.policy = open_role(
+            PolicyModel, model, model.restore_from, self.config.trainer.precision, self.config.seed
+        )
+        self.policy.make_trainable(model.optim, self.config.trainer.max_steps)
+
+    def run_step(self, step: int) -> Metrics:
+        timer = PhaseTimer()
+        tokens, mask, lengths = self._batch(self.texts.batch(step))
+        num_learned = int(mask.sum())
+        microbatches = self.policy.cut(tokens, mask, lengths, range(len(lengths)))
+        with timer("update"):
+            try:
+                sums, norm = self.policy.learn(microbatches, self._loss(num_learned))
+            except NonFiniteError as error:
+                path = self.run_dir / f"bad_batch_step_{step + 1}.pt"
+                checkpoint.save_object({"tokens": tokens, "loss_mask": mask, "lengths": lengths}, path)
+                raise NonFiniteError(
+                    f"{error} in step {step + 1}: the update was not applied and its batch is in {path}; lower the learning "
+                    f"rate or look at the batch, then run again to go on from the last checkpoint."
+                ) from None
+        assert self.policy.learner is not None
+        loss = sums["loss"] / num_learned
+        return {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 50.0)),
+            "grad_norm": norm,
+            "lr": self.policy.learner.last_lr,
+            **timer.metrics,
+            "perf/trained_tokens_per_s": int(lengths.sum()) / timer.metrics["time/update_s"],
+        }
+
+    def validate(self) -> Metrics:
+        """``val/loss``: mean over all learned tokens of the validation texts."""
+        total, learned = 0.0, 0
+        for start in range(0, len(self.validation_texts), _VALIDATION_ROWS):
+            tokens, mask, lengths = self._batch(self.validation_texts[start : start + _VALIDATION_ROWS])
+            microbatches = self.policy.cut(tokens, mask, lengths, range(len(lengths)))
+            logprobs, _ = self.policy.logprobs(microbatches, 1.0, tokens)
+            total -= float(logprobs[mask].double().sum())
+            learned += int(mask.sum())
+        return {"val/loss": total / learned, "val/perplexity": math.exp(min(total / learned, 50.0))}
+
+    def _batch(self, texts: Sequence[Text]) -> tuple[Tensor, Tensor, Tensor]:
+        return pad_texts(texts, self.tokenizer.pad_token_id)
+
+    def _loss(self, normalizer: int) -> Any:
+        def loss(gpt: GPT, hidden: Tensor, batch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
+            logprobs, _ = gpt.vocab_logprobs(hidden, batch.tokens, batch.selected)
+            return sft_loss(logprobs, torch.ones_like(batch.selected, dtype=torch.bool), normalizer=normalizer)
+
+        return loss
+
+    def architecture(self) -> Architecture:
+        return self.policy.architecture
+
+    def loop_state(self) -> dict[str, Any]:
+        return {}
+
+    def load_loop_state(self, loaded: dict[str, Any]) -> None:
+        """There is nothing beside the step."""
+
+    def save_models(self, directory: Path) -> None:
+        save_role(self.policy, directory / "policy", self.tokenizer_dir)
+        self.policy.save_training_state(directory / "training" / "policy")
+
+    def load_models(self, directory: Path) -> None:
+        checkpoint.load_model(self.policy.gpt, directory / "policy")
+        self.policy.load_training_state(directory / "training" / "policy")

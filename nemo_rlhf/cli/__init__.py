@@ -1,0 +1,250 @@
+"""The console program ``nemo-rlhf``: commands, their arguments, and how errors and exit codes reach the user.
+
+Only what a command needs is imported, when it needs it: help, reports and mistakes in the configuration answer
+without loading torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from nemo_rlhf.cli.launch import launch_if_needed
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_WRONG_INPUT = 2
+EXIT_STOPPED = 75
+
+EXIT_CODES = """\
+exit codes:
+  0    done
+  1    failed (a traceback says where)
+  2    wrong input (one sentence says what and where)
+  75   stopped by SIGTERM or SIGUSR1 after saving: run the same command again to continue
+"""
+
+_PPO_HELP = """\
+example:
+  nemo-rlhf ppo model.restore_from=/models/llama-sft data.prompts=prompts.jsonl \\
+      reward.function=my_package.rewards:score exp_manager.explicit_log_dir=runs/ppo \\
+      trainer.devices=8 model.tensor_model_parallel_size=4 trainer.precision=bf16
+
+Every key with its default is in {conf}/ppo.yaml. The same command again continues an interrupted run.
+
+"""
+
+_SFT_HELP = """\
+example:
+  nemo-rlhf sft model.restore_from=/models/llama data.train=train.jsonl data.validation=validation.jsonl \\
+      exp_manager.explicit_log_dir=runs/sft trainer.devices=8 trainer.max_steps=1000
+
+Every key with its default is in {conf}/sft.yaml. The same command again continues an interrupted run.
+
+"""
+
+_GENERATE_HELP = """\
+example:
+  nemo-rlhf generate runs/sft/checkpoints/best --prompts prompts.jsonl --out responses.jsonl \\
+      generation.temperature=0 generation.max_new_tokens=128 trainer.devices=2 model.tensor_model_parallel_size=2
+
+Every key with its default is in {conf}/generate.yaml.
+
+"""
+
+_REPORT_HELP = """\
+example:
+  nemo-rlhf report runs/ppo
+
+"""
+
+_CONVERT_HELP = """\
+examples:
+  nemo-rlhf convert import /models/Meta-Llama-3-8B checkpoints/llama3-8b
+  nemo-rlhf convert export runs/ppo/checkpoints/best/policy exported/llama3-8b-ppo
+
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are reported like every other wrong input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see {self.prog} --help).")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    A ValueError or FileNotFoundError that this package raised is wrong input: its sentence goes to stderr. Every
+    other exception is a failure and keeps its traceback.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        options = _parse(arguments)
+        run: Callable[[argparse.Namespace], int] = options.run
+        return run(options)
+    except (ValueError, FileNotFoundError) as error:
+        if not _raised_by_us(error):
+            raise
+        _tell(error)
+        return EXIT_WRONG_INPUT
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser, commands = _parsers()
+    name = arguments[0] if arguments else None
+    if name in commands:
+        # Overrides may stand before and after options, which argparse allows only without sub-commands.
+        return commands[name].parse_intermixed_args(arguments[1:])
+    return parser.parse_args(arguments)
+
+
+def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
+    """The whole program's parser, and those of the commands that take overrides."""
+    parser = _Parser(
+        prog="nemo-rlhf",
+        description="Fine-tune language models with reinforcement learning, from a laptop to many nodes.",
+        epilog=f"example:\n  nemo-rlhf ppo --help\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
+
+    def command(name: str, summary: str, text: str, run: Callable[[argparse.Namespace], int]) -> _Parser:
+        sub = subparsers.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=text.replace("{conf}", _conf()) + EXIT_CODES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    sft = command("sft", "supervised fine-tuning", _SFT_HELP, _sft)
+    ppo = command("ppo", "PPO with a reward function", _PPO_HELP, _ppo)
+    for sub in (sft, ppo):
+        sub.add_argument("--config", metavar="FILE", help="yaml file laid over the defaults, yours or a shipped one")
+    generate = command("generate", "responses of a model to a file of prompts", _GENERATE_HELP, _generate)
+    generate.add_argument("checkpoint", metavar="CKPT_DIR", help="Megatron checkpoint or Hugging Face directory")
+    generate.add_argument("--prompts", metavar="FILE", required=True, help="jsonl file or datasets directory")
+    generate.add_argument("--out", metavar="FILE", required=True, help="jsonl file to write")
+    for sub in (sft, ppo, generate):
+        sub.add_argument("overrides", metavar="key=value", nargs="*", help="configuration keys, as in Hydra")
+
+    report = command("report", "one HTML page of a run: curves, samples, timings", _REPORT_HELP, _report)
+    report.add_argument("run_dir", metavar="RUN_DIR", help="exp_manager.explicit_log_dir of the run")
+
+    convert = command("convert", "convert between Hugging Face and Megatron checkpoints", _CONVERT_HELP, _convert)
+    ways = convert.add_subparsers(title="ways", metavar="WAY", dest="way", required=True, parser_class=_Parser)
+    for way, summary, source, target in (
+        ("import", "Hugging Face to Megatron", "HF_DIR", "CKPT_DIR"),
+        ("export", "Megatron to Hugging Face", "CKPT_DIR", "HF_DIR"),
+    ):
+        sub = ways.add_parser(
+            way,
+            help=summary,
+            description=f"Convert {summary}.",
+            epilog=_CONVERT_HELP + EXIT_CODES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.add_argument("source", metavar=source, help="directory to read")
+        sub.add_argument("target", metavar=target, help="directory to write; must not exist")
+        if way == "export":
+            sub.add_argument(
+                "--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default: %(default)s)"
+            )
+    return parser, {"sft": sft, "ppo": ppo, "generate": generate}
+
+
+def _conf() -> str:
+    from pathlib import Path
+
+    package = Path(__file__).resolve().parents[1]
+    return str(package / "conf" if (package / "conf").is_dir() else package.parent / "conf")
+
+
+def _ppo(options: argparse.Namespace) -> int:
+    from nemo_rlhf.config import load
+
+    cfg = load("ppo", options.overrides, config_file=options.config)
+    launch_if_needed(cfg.trainer.devices, cfg.trainer.num_nodes)
+    from nemo_rlhf.cli.run import run_ppo
+
+    return run_ppo(cfg)
+
+
+def _sft(options: argparse.Namespace) -> int:
+    from nemo_rlhf.config import load
+
+    cfg = load("sft", options.overrides, config_file=options.config)
+    launch_if_needed(cfg.trainer.devices, cfg.trainer.num_nodes)
+    from nemo_rlhf.cli.run import run_sft
+
+    return run_sft(cfg)
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from nemo_rlhf.config import load, quoted
+
+    given = [("model.restore_from", options.checkpoint), ("data.prompts", options.prompts), ("out", options.out)]
+    cfg = load("generate", [*options.overrides, *(f"{key}={quoted(value)}" for key, value in given)])
+    launch_if_needed(cfg.trainer.devices, cfg.trainer.num_nodes)
+    from nemo_rlhf.cli.run import run_generate
+
+    return run_generate(cfg)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from nemo_rlhf.cli.report import write_report
+
+    print(write_report(options.run_dir))
+    return EXIT_DONE
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from nemo_rlhf.convert import export_hf, import_hf
+
+    if options.way == "import":
+        import_hf(options.source, options.target)
+    else:
+        export_hf(options.source, options.target, max_shard_size=options.max_shard_size)
+    print(options.target)
+    return EXIT_DONE
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    """Whether our own code raised ``error``: what a library raises is a failure whose traceback is needed."""
+    if isinstance(error, FileNotFoundError) and error.errno is not None:
+        return False
+    trace = error.__traceback__
+    module = ""
+    while trace is not None:
+        module = trace.tb_frame.f_globals.get("__name__", "")
+        trace = trace.tb_next
+    return module.split(".")[0] == "nemo_rlhf"
+
+
+def _tell(error: BaseException) -> None:
+    """Print the sentence, as few times in the whole job as can be: every rank usually finds the same mistake."""
+    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+    if _speaks(rank, str(error)):
+        where = f" (rank {rank})" if rank else ""
+        print(f"nemo-rlhf: error{where}: {error}", file=sys.stderr, flush=True)
+
+
+def _speaks(rank: int, sentence: str) -> bool:
+    """Once ranks know of each other, the first that finds a mistake. Before, rank 0, and the first of every other
+    node for its own sake: what is wrong there (a file system that is not mounted) rank 0 may not see."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return rank == 0 or int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or rank) == 0
+    try:
+        store = distributed.distributed_c10d._get_default_store()
+        return bool(store.add(f"nemo_rlhf/told/{sentence}", 1) == 1)
+    except RuntimeError:
+        # The store ends with the rank that serves it, and that rank has had its say.
+        return rank == 0

@@ -1,0 +1,165 @@
+"""What happens around the steps: checkpoints, signals, progress on the terminal."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_warn
+from rich.console import Console
+
+from nemo_rlhf.algorithms.base import Algorithm, stored_metrics
+from nemo_rlhf.config.schema import CheckpointConfig
+from nemo_rlhf.parallel import checkpoint
+
+CHECKPOINTS, BEST = "checkpoints", "best"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def stored_checkpoints(run_dir: Path) -> list[Path]:
+    """``checkpoints/step_N`` directories under their final names, oldest first."""
+    found = [p for p in (Path(run_dir) / CHECKPOINTS).glob("step_*") if p.name.removeprefix("step_").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def newest_whole_checkpoint(run_dir: Path) -> Path | None:
+    """The latest checkpoint that its manifest confirms; damaged ones are named in a warning. All ranks call it."""
+    for path in reversed(stored_checkpoints(run_dir)):
+        try:
+            checkpoint.verify(path)
+        except ValueError as error:
+            rank_zero_warn(f"{error} The one before is used.")
+            continue
+        return path
+    return None
+
+
+class StopSignals(Callback):
+    """SIGTERM and SIGUSR1 let the step end; ``requested`` is then True on every rank after the same step."""
+
+    def __init__(self) -> None:
+        self._caught = False
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        # not earlier: Lightning installs handlers of its own before training starts
+        for number in STOP_SIGNALS:
+            self._previous[number] = signal.signal(number, self._catch)
+
+    def _catch(self, number: int, frame: Any) -> None:
+        self._caught = True
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+        caught = torch.tensor(float(self._caught), device=pl_module.device)
+        dist.all_reduce(caught, op=dist.ReduceOp.MAX)
+        if caught:
+            self.requested = True
+            trainer.should_stop = True
+
+    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+
+class Checkpoints(Checkpoint):
+    """Saves ``checkpoints/step_N``, keeps the last K and the best, and lets ``checkpoints/best`` point to that.
+
+    Must come after ``StopSignals`` among the callbacks, so that a stop saves in the same step.
+    """
+
+    def __init__(self, run_dir: Path, config: CheckpointConfig, stop: StopSignals) -> None:
+        self._run_dir, self._config, self._stop = Path(run_dir), config, stop
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+        algorithm: Algorithm = pl_module
+        step = algorithm.completed_steps
+        due = step % self._config.every_n_train_steps == 0 or step == algorithm.max_steps
+        better = self._config.save_best and self._is_best(algorithm.metrics.get(self._config.monitor))
+        if due or better or self._stop.requested:
+            path = self._run_dir / CHECKPOINTS / f"step_{step}"
+            trainer.save_checkpoint(path)
+            self._prune()
+            dist.barrier()
+
+    def _sign(self) -> float:
+        return 1.0 if self._config.mode == "max" else -1.0
+
+    def _scores(self) -> dict[Path, float]:
+        scores = {}
+        for path in stored_checkpoints(self._run_dir):
+            try:
+                value = stored_metrics(path)[1].get(self._config.monitor)
+            except (OSError, ValueError, KeyError):  # damaged: its name came up when the run started
+                continue
+            if value is not None:
+                scores[path] = self._sign() * value
+        return scores
+
+    def _is_best(self, value: float | None) -> bool:
+        return value is not None and self._sign() * value > max(self._scores().values(), default=-float("inf"))
+
+    def _prune(self) -> None:
+        """Rank 0 deletes what is neither recent nor best."""
+        if dist.get_rank():
+            return
+        stored = stored_checkpoints(self._run_dir)
+        keep = set(stored[-self._config.save_last_k :])
+        scores = self._scores()
+        if self._config.save_best and scores:
+            best = max(scores, key=lambda path: (scores[path], int(path.name.removeprefix("step_"))))
+            keep.add(best)
+            link = best.parent / BEST
+            link.unlink(missing_ok=True)
+            link.symlink_to(best.name)
+        for path in stored:
+            if path not in keep:
+                checkpoint.remove(path)
+
+
+class Progress(Callback):
+    """One line a step on rank 0: where the run is, how it does, when it will end."""
+
+    SHOWN = (
+        ("loss", "loss"),
+        ("reward/mean", "reward"),
+        ("kl/mean", "kl"),
+        ("response_length/mean", "length"),
+        ("val/reward", "val reward"),
+        ("val/loss", "val loss"),
+    )
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False)
+        self._started = (0, time.monotonic())
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._started = (pl_module.completed_steps, time.monotonic())
+        if trainer.is_global_zero and pl_module.metrics:
+            self._print(pl_module, "")
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+        first, start = self._started
+        step, elapsed = pl_module.completed_steps, time.monotonic() - start
+        left = (pl_module.max_steps - step) * elapsed / max(1, step - first)
+        if trainer.is_global_zero:
+            self._print(pl_module, f"{pl_module.metrics['time/total_s']:.1f} s  {_clock(left)} left")
+
+    def _print(self, algorithm: Algorithm, timing: str) -> None:
+        width = len(str(algorithm.max_steps))
+        figures = "  ".join(f"{word} {algorithm.metrics[n]:.4g}" for n, word in self.SHOWN if n in algorithm.metrics)
+        line = f"step {algorithm.completed_steps:>{width}}/{algorithm.max_steps}  {figures}  {timing}"
+        self._console.print(line.rstrip(), soft_wrap=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,191 @@
+"""From a configuration to a finished run: data, algorithm, Lightning's trainer, NeMo's experiment manager, exit code."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from nemo.utils import logging as nemo_logging
+from nemo.utils.exp_manager import exp_manager
+from omegaconf import OmegaConf
+
+from nemo_rlhf import device
+from nemo_rlhf.algorithms.base import Algorithm
+from nemo_rlhf.algorithms.evaluate import sample
+from nemo_rlhf.algorithms.ppo import PPO, PPOInputs
+from nemo_rlhf.algorithms.roles import open_role, open_tokenizer
+from nemo_rlhf.algorithms.sft import SFT
+from nemo_rlhf.cli.callbacks import Checkpoints, Progress, StopSignals, newest_whole_checkpoint, stored_checkpoints
+from nemo_rlhf.cli.loggers import JsonlLogger
+from nemo_rlhf.cli.report import write_report
+from nemo_rlhf.config import dump
+from nemo_rlhf.config.sampling import sampling_values
+from nemo_rlhf.config.schema import BaseModelConfig, GenerateConfig, HardwareConfig, ModelConfig, PPOConfig, SFTConfig
+from nemo_rlhf.data.prompts import read_prompts
+from nemo_rlhf.data.records import Source
+from nemo_rlhf.data.texts import read_texts
+from nemo_rlhf.generation.engine import Engine
+from nemo_rlhf.generation.sampling import SamplingParams
+from nemo_rlhf.models.policy import PolicyModel
+from nemo_rlhf.parallel import state
+from nemo_rlhf.parallel.strategy import MegatronStrategy
+from nemo_rlhf.rollout.collect import make_requests
+from nemo_rlhf.rollout.score import RewardFunction, load_reward_function
+
+EXIT_DONE, EXIT_STOPPED = 0, 75
+_NOISY = ("lightning.pytorch", "lightning.fabric", "megatron.core", "torch.distributed")
+
+
+def run_ppo(
+    config: PPOConfig,
+    *,
+    reward_fn: RewardFunction | None = None,
+    prompts: Source | None = None,
+    validation_prompts: Source | None = None,
+    metric_fn: Callable[..., dict[str, Any]] | None = None,
+) -> int:
+    """Run PPO in this process, which is one rank of the job; returns the exit code.
+
+    What is given as an argument takes the place of the configuration's file or function.
+
+    Raises:
+        ValueError: wrong input, the same on every rank.
+    """
+    reward_fn = reward_fn or load_reward_function(str(config.reward.function))
+    _begin(config.model, config.trainer, config.seed)
+    tokenizer, tokenizer_dir = open_tokenizer(config.model)
+
+    def read(source: Source | None) -> Any:
+        return read_prompts(source, tokenizer, config.data.max_prompt_length) if source is not None else ()
+
+    inputs = PPOInputs(
+        tokenizer=tokenizer,
+        tokenizer_dir=tokenizer_dir,
+        prompts=read(prompts if prompts is not None else config.data.prompts),
+        validation_prompts=read(
+            validation_prompts if validation_prompts is not None else config.data.validation_prompts
+        ),
+        reward_fn=reward_fn,
+        metric_fn=metric_fn,
+    )
+    return _fit(PPO(config, inputs), config)
+
+
+def run_sft(config: SFTConfig, *, train: Source | None = None, validation: Source | None = None) -> int:
+    """Run supervised fine-tuning; as ``run_ppo``."""
+    _begin(config.model, config.trainer, config.seed)
+    tokenizer, tokenizer_dir = open_tokenizer(config.model)
+
+    def read(source: Source | None) -> Any:
+        if source is None:
+            return ()
+        return read_texts(source, tokenizer, config.data.max_sequence_length, config.data.train_on)  # type: ignore[arg-type]
+
+    texts = read(train if train is not None else config.data.train)
+    validation_texts = read(validation if validation is not None else config.data.validation)
+    return _fit(SFT(config, tokenizer, tokenizer_dir, texts, validation_texts), config)
+
+
+def run_generate(config: GenerateConfig) -> int:
+    """Write one response for each prompt to ``config.out``, as jsonl in the order of the prompts."""
+    _begin(config.model, config.trainer, 0)
+    model_config = ModelConfig(**vars(config.model))
+    tokenizer, _ = open_tokenizer(model_config)
+    prompts = read_prompts(str(config.data.prompts), tokenizer, config.data.max_prompt_length)
+    policy = open_role(PolicyModel, model_config, model_config.restore_from, config.trainer.precision, 0)
+    engine = Engine(
+        policy.gpt,
+        tokenizer,
+        num_slots=config.generation.num_slots,
+        max_sequence_length=policy.architecture.max_position_embeddings,
+    )
+    samples = sample(engine, make_requests(prompts, 1, 0), SamplingParams(**sampling_values(config.generation)))
+    if dist.get_rank() == 0:
+        out = Path(config.out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = out.with_name(out.name + ".partial")
+        with partial.open("w") as file:
+            for one in samples:
+                record = {
+                    **one.prompt.metadata,
+                    "prompt": one.prompt.text,
+                    "response": one.text,
+                    "finish_reason": one.finish_reason,
+                }
+                file.write(json.dumps(record, default=str) + "\n")
+        partial.replace(out)
+    dist.barrier()
+    return EXIT_DONE
+
+
+def _begin(model: BaseModelConfig, trainer: HardwareConfig, seed: int) -> None:
+    state.set_environment_for_one_process()
+    state.initialize(
+        model.tensor_model_parallel_size, model.pipeline_model_parallel_size, seed, timeout_s=trainer.timeout_s
+    )
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    nemo_logging.setLevel(nemo_logging.ERROR)
+    if dist.get_rank():
+        warnings.simplefilter("ignore")  # rank 0 says it for all
+
+
+def _fit(algorithm: Algorithm, config: PPOConfig | SFTConfig) -> int:
+    run_dir = algorithm.run_dir
+    if not config.exp_manager.resume_if_exists and stored_checkpoints(run_dir):
+        raise ValueError(
+            f"{run_dir} holds checkpoints of an earlier run: set exp_manager.resume_if_exists=true to continue it, or "
+            f"choose another exp_manager.explicit_log_dir."
+        )
+    metrics = JsonlLogger(run_dir)
+    stop = StopSignals()
+    checkpoints = Checkpoints(run_dir, config.exp_manager.checkpoint_callback_params, stop)
+    callbacks: Sequence[Any] = [stop, checkpoints, *([Progress()] if config.trainer.enable_progress_bar else [])]
+    trainer = Trainer(
+        accelerator="gpu" if device.is_cuda() else "cpu",
+        devices=config.trainer.devices,
+        num_nodes=config.trainer.num_nodes,
+        strategy=MegatronStrategy(config.trainer.timeout_s),
+        max_steps=config.trainer.max_steps,
+        max_epochs=-1,
+        limit_val_batches=0,  # an algorithm validates inside its step
+        log_every_n_steps=config.trainer.log_every_n_steps,
+        logger=False,
+        enable_checkpointing=True,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=list(callbacks),
+    )
+    exp_manager(
+        trainer,
+        OmegaConf.create(
+            {
+                "explicit_log_dir": str(run_dir),
+                "create_checkpoint_callback": False,  # NeMo's reads steps from file names and cannot skip a damaged one
+                "create_tensorboard_logger": config.exp_manager.create_tensorboard_logger,
+                "summary_writer_kwargs": {"sub_dir": "tensorboard"},
+                "create_wandb_logger": config.exp_manager.create_wandb_logger,
+                "wandb_logger_kwargs": config.exp_manager.wandb_logger_kwargs,
+                "log_step_timing": False,
+                "seconds_to_sleep": 0,
+            }
+        ),
+    )
+    trainer.loggers = [metrics, *trainer.loggers]
+    resume = newest_whole_checkpoint(run_dir) if config.exp_manager.resume_if_exists else None
+    metrics.rewind(int(resume.name.removeprefix("step_")) if resume else -1)
+    if dist.get_rank() == 0:
+        (run_dir / "config.yaml").write_text(dump(config))
+    trainer.fit(algorithm, ckpt_path=resume)
+    if dist.get_rank() == 0 and metrics.path.exists():
+        write_report(run_dir)
+    dist.barrier()
+    stopped = stop.requested and algorithm.completed_steps < algorithm.max_steps
+    return EXIT_STOPPED if stopped else EXIT_DONE

@@ -1,0 +1,48 @@
+"""Typed configuration: the schema, its rules, and how files and overrides become one object. Imports no torch.
+
+The module can be called: ``nemo_rlhf.config("ppo", overrides=[...])`` is ``load("ppo", [...])``, whether or not this
+module was imported before, since importing it sets the attribute ``config`` of the package to the module.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_rlhf.config.load import config_directory, dump, load, quoted
+from nemo_rlhf.config.sampling import sampling_sweep, sampling_values
+from nemo_rlhf.config.schema import Config, GenerateConfig, PPOConfig, SFTConfig
+from nemo_rlhf.config.validate import data_parallel_size, validate
+
+__all__ = [
+    "Config",
+    "GenerateConfig",
+    "PPOConfig",
+    "SFTConfig",
+    "config_directory",
+    "data_parallel_size",
+    "dump",
+    "load",
+    "quoted",
+    "sampling_sweep",
+    "sampling_values",
+    "validate",
+]
+
+
+class _CallableModule(types.ModuleType):
+    def __call__(
+        self,
+        command: str,
+        overrides: Sequence[str] = (),
+        *,
+        config_file: str | Path | None = None,
+        supplied: Collection[str] = (),
+    ) -> Any:
+        return load(command, overrides, config_file=config_file, supplied=supplied)
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -1,0 +1,50 @@
+"""What ``generation.*`` means for rollouts and for validation: one list among its keys is a sweep in validation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nemo_rlhf.config.schema import GenerationConfig, SamplingConfig
+
+# Keys whose value may be a list, with the type of one value.
+SWEEPABLE: dict[str, type[int] | type[float]] = {
+    "max_new_tokens": int,
+    "temperature": float,
+    "top_k": int,
+    "top_p": float,
+    "seed": int,
+}
+
+
+def sampling_values(generation: SamplingConfig) -> dict[str, Any]:
+    """Settings of rollouts (and of ``generate``), the first value where a list is given: the keys of
+    ``SWEEPABLE``, ``stop`` as a tuple, ``ignore_eos``."""
+    values: dict[str, Any] = {key: kind(_first(getattr(generation, key))) for key, kind in SWEEPABLE.items()}
+    return {**values, "stop": tuple(generation.stop), "ignore_eos": generation.ignore_eos}
+
+
+def sampling_sweep(generation: GenerationConfig) -> tuple[dict[str, Any], list[tuple[str, dict[str, Any]]]]:
+    """Settings of rollouts, and of each validation as ``(suffix, settings)``.
+
+    The suffix is empty, or ``@temperature=0.7`` where a list sweeps the temperature. A list in ``generation`` is
+    swept whatever ``generation.validation`` says of that key; every other key of ``validation`` that is not null
+    takes the place of its namesake.
+    """
+    rollout = sampling_values(generation)
+    validation = dict(rollout)
+    for key in (*SWEEPABLE, "ignore_eos"):
+        value = getattr(generation.validation, key)
+        if value is not None and not isinstance(value, list):
+            validation[key] = SWEEPABLE.get(key, bool)(value)
+    if generation.validation.stop is not None:
+        validation["stop"] = tuple(generation.validation.stop)
+    for section in (generation, generation.validation):
+        for key, kind in SWEEPABLE.items():
+            values = getattr(section, key)
+            if isinstance(values, list):
+                return rollout, [(f"@{key}={kind(value)}", {**validation, key: kind(value)}) for value in values]
+    return rollout, [("", validation)]
+
+
+def _first(value: Any) -> Any:
+    return value[0] if isinstance(value, list) else value

@@ -1,0 +1,265 @@
+"""Every configuration key there is, with its type, its default and one line on what it does.
+
+The dataclasses are the whole truth: files in ``conf/`` and overrides on the command line may only set keys that are
+here, and the rest of the package reads instances of them. ``REQUIRED`` keys have no default. Words are those of NeMo
+and Lightning where they have one. No torch is imported here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import II, MISSING
+
+
+@dataclass
+class HardwareConfig:
+    """Which processes take part."""
+
+    devices: int = 1  # processes (one GPU each) per node
+    num_nodes: int = 1  # nodes of the job
+    precision: str = "32"  # of weights and activations: "32" | "bf16"
+    enable_progress_bar: bool = True  # draw progress on the terminal of rank 0
+    timeout_s: int = 1800  # seconds that a collective may wait for another rank before the job ends
+
+
+@dataclass
+class TrainerConfig(HardwareConfig):
+    max_steps: int = 100  # steps of the whole run; in PPO one step is one iteration of rollout and update
+    val_check_interval: int = 0  # validate every this many steps; 0: never
+    log_every_n_steps: int = 1  # write metrics every this many steps
+
+
+@dataclass
+class CheckpointConfig:
+    every_n_train_steps: int = 50  # save every this many steps, and always after the last one
+    save_last_k: int = 2  # keep this many of the latest checkpoints
+    save_best: bool = True  # keep the best checkpoint by `monitor`, too
+    monitor: str = "val/reward"  # the validation metric that decides which is best
+    mode: str = "max"  # whether more or less of it is better: "max" | "min"
+
+
+@dataclass
+class ExpManagerConfig:
+    explicit_log_dir: str = MISSING  # the run directory: checkpoints, metrics, samples, logs
+    resume_if_exists: bool = True  # continue from the newest whole checkpoint in the run directory
+    create_tensorboard_logger: bool = True  # write TensorBoard events below the run directory
+    create_wandb_logger: bool = False  # log to Weights & Biases
+    wandb_logger_kwargs: dict[str, Any] = field(default_factory=dict)  # project, name, ... of the W&B run
+    checkpoint_callback_params: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+@dataclass
+class SchedConfig:
+    name: str = "constant"  # after warm-up: "constant" | "cosine" | "linear" (down to min_lr at max_steps)
+    warmup_steps: int = 0  # optimizer steps in which the learning rate rises linearly from 0
+    min_lr: float = 0.0  # where cosine and linear end
+
+
+@dataclass
+class OptimConfig:
+    """AdamW."""
+
+    lr: float = 1e-6  # peak learning rate
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # decay of the first and second moment
+    eps: float = 1e-8  # added to the root of the second moment
+    weight_decay: float = 0.0  # decoupled; not on norms and biases
+    clip_grad: float = 1.0  # largest norm of the whole gradient; 0: no clipping
+    sched: SchedConfig = field(default_factory=SchedConfig)
+
+
+@dataclass
+class BaseModelConfig:
+    """Which weights, and how they are spread over ranks."""
+
+    restore_from: str = MISSING  # a Megatron checkpoint or a Hugging Face directory
+    init: str = "pretrained"  # "pretrained": its weights; "random": only its architecture and tokenizer
+    tokenizer: str | None = None  # directory of another tokenizer; null: that of restore_from
+    tensor_model_parallel_size: int = 1  # ranks that share each layer
+    pipeline_model_parallel_size: int = 1  # ranks that share the stack of layers
+
+
+@dataclass
+class ModelConfig(BaseModelConfig):
+    sequence_parallel: bool = False  # split norms and residuals along the sequence over the tensor-parallel ranks
+    micro_batch_size: int = 1  # samples in one forward and backward pass of one data-parallel rank
+    global_batch_size: int = 128  # samples of one optimizer step over all data-parallel ranks
+    activations_checkpoint_granularity: str | None = None  # recompute: null nothing | "selective" attention | "full"
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+@dataclass
+class CriticConfig:
+    restore_from: str | None = None  # a Megatron checkpoint or Hugging Face directory; null: the policy's start
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-6))
+
+
+@dataclass
+class PPOModelConfig(ModelConfig):
+    critic: CriticConfig = field(default_factory=CriticConfig)
+
+
+@dataclass
+class KLConfig:
+    """The penalty for leaving the reference policy."""
+
+    estimator: str = "k1"  # per token, from lp - lp_ref: "k1" | "k2" | "k3" (Schulman 2020) | "abs"
+    coef: float = 0.02  # (initial) coefficient beta of the penalty
+    target: float | None = None  # KL per sequence that an adaptive beta steers for; null: beta is fixed
+    horizon: int = 10000  # samples over which the adaptive beta reacts
+
+
+@dataclass
+class PPOAlgorithmConfig:
+    num_prompts: int = 64  # prompts per step, over all data-parallel ranks
+    samples_per_prompt: int = 2  # responses to each prompt
+    epochs: int = 1  # passes over each step's samples
+    minibatch_size: int = II("model.global_batch_size")  # samples per optimizer step, over all data-parallel ranks
+    gamma: float = 1.0  # discount per token
+    lam: float = 0.95  # lambda of generalised advantage estimation
+    clip_low: float = 0.2  # the ratio is clipped below at 1 - clip_low
+    clip_high: float = 0.2  # and above at 1 + clip_high
+    dual_clip: float | None = None  # bound on the ratio where the advantage is negative (> 1); null: none
+    value_clip: float = 0.2  # how far a value may move from that of the rollout
+    entropy_coef: float = 0.0  # weight of the entropy bonus
+    kl: KLConfig = field(default_factory=KLConfig)
+    reward_clip: float | None = 10.0  # scores are clipped to +- this; null: not at all
+    reward_scaling: str = "none"  # "none" | "running" moments | "reference" moments of the first rollouts
+    whiten_advantages: bool = True  # to mean 0 and deviation 1 over the whole rollout batch
+    target_kl: float | None = (
+        None  # stop a step's epochs when the policy moved this far from the rollout's; null: never
+    )
+    critic_warmup_steps: int = 0  # first steps in which only the critic learns
+    reference: str = "resident"  # the frozen policy: "resident" on the device | "swap"ped in from host memory
+    offload: list[str] = field(default_factory=list)  # kept in host memory while idle: optimizer, critic, reference
+
+
+@dataclass
+class ValidationSamplingConfig:
+    """Sampling in validation. null: as in ``generation``; a list: one validation for each of its values."""
+
+    max_new_tokens: Any = None
+    temperature: Any = 0.0  # greedy; a list in generation.temperature takes this key's place
+    top_k: Any = None
+    top_p: Any = None
+    stop: list[str] | None = None
+    ignore_eos: bool | None = None
+    seed: Any = None
+
+
+@dataclass
+class SamplingConfig:
+    """One of max_new_tokens, temperature, top_k, top_p, seed may be a list: rollouts use its first value, and
+    validation runs once for each (``val/reward@temperature=0.7``)."""
+
+    max_new_tokens: Any = 256  # int; longest response
+    temperature: Any = 1.0  # float; 0: greedy (not in PPO rollouts)
+    top_k: Any = 0  # int; sample from the k likeliest tokens; 0: from all
+    top_p: Any = 1.0  # float; sample from the likeliest tokens that hold this probability
+    stop: list[str] = field(default_factory=list)  # strings that end a response
+    ignore_eos: bool = False  # go on to max_new_tokens whatever is drawn
+    num_slots: int = 32  # sequences that one data-parallel rank generates at a time
+    seed: Any = 0  # int; of the sampling noise
+
+
+@dataclass
+class GenerationConfig(SamplingConfig):
+    validation: ValidationSamplingConfig = field(default_factory=ValidationSamplingConfig)
+
+
+@dataclass
+class PPODataConfig:
+    prompts: str | None = MISSING  # jsonl file or `datasets` directory
+    validation_prompts: str | None = None  # the same; null: no validation
+    max_prompt_length: int = 1024  # tokens; a longer prompt is an error
+    shuffle: bool = True  # a new order every epoch, from `seed`
+
+
+@dataclass
+class SFTDataConfig:
+    train: str | None = MISSING  # jsonl file or `datasets` directory
+    validation: str | None = None  # the same; null: no validation
+    max_sequence_length: int = 2048  # tokens of prompt and response
+    train_on: str = "response"  # tokens that are learned: "response" | "all"
+    shuffle: bool = True  # a new order every epoch, from `seed`
+
+
+@dataclass
+class GenerateDataConfig:
+    prompts: str | None = MISSING  # jsonl file or `datasets` directory
+    max_prompt_length: int = 1024  # tokens; a longer prompt is an error
+
+
+@dataclass
+class RewardConfig:
+    function: str | None = MISSING  # "package.module:name" of (samples, prompts, outputs, tokenizer, **metadata)
+
+
+@dataclass
+class PPOConfig:
+    """Configuration of ``nemo-rlhf ppo``."""
+
+    seed: int = 1234  # of initialisation and data order
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
+    model: PPOModelConfig = field(default_factory=PPOModelConfig)
+    ppo: PPOAlgorithmConfig = field(default_factory=PPOAlgorithmConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    data: PPODataConfig = field(default_factory=PPODataConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+
+
+def _sft_exp_manager() -> ExpManagerConfig:
+    return ExpManagerConfig(checkpoint_callback_params=CheckpointConfig(monitor="val/loss", mode="min"))
+
+
+@dataclass
+class SFTConfig:
+    """Configuration of ``nemo-rlhf sft``."""
+
+    seed: int = 1234  # of initialisation and data order
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    exp_manager: ExpManagerConfig = field(default_factory=_sft_exp_manager)
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(optim=OptimConfig(lr=1e-5)))
+    data: SFTDataConfig = field(default_factory=SFTDataConfig)
+
+
+@dataclass
+class GenerateConfig:
+    """Configuration of ``nemo-rlhf generate``."""
+
+    trainer: HardwareConfig = field(default_factory=HardwareConfig)
+    model: BaseModelConfig = field(default_factory=BaseModelConfig)
+    generation: SamplingConfig = field(default_factory=SamplingConfig)
+    data: GenerateDataConfig = field(default_factory=GenerateDataConfig)
+    out: str = MISSING  # the jsonl file that is written
+
+
+Config = PPOConfig | SFTConfig | GenerateConfig
+
+COMMANDS: dict[str, type[PPOConfig] | type[SFTConfig] | type[GenerateConfig]] = {
+    "ppo": PPOConfig,
+    "sft": SFTConfig,
+    "generate": GenerateConfig,
+}
+
+# Keys without a default, in each command, and a value to show to whoever forgot one.
+REQUIRED: dict[str, dict[str, str]] = {
+    "ppo": {
+        "model.restore_from": "/models/llama-sft",
+        "exp_manager.explicit_log_dir": "runs/ppo",
+        "data.prompts": "prompts.jsonl",
+        "reward.function": "my_package.rewards:score",
+    },
+    "sft": {
+        "model.restore_from": "/models/llama",
+        "exp_manager.explicit_log_dir": "runs/sft",
+        "data.train": "train.jsonl",
+    },
+    "generate": {
+        "model.restore_from": "/models/llama",
+        "data.prompts": "prompts.jsonl",
+        "out": "responses.jsonl",
+    },
+}

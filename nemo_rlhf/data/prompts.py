@@ -1,0 +1,76 @@
+"""Prompts for rollouts: read, tokenised once, and handed out in an order that the step number alone decides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from nemo_rlhf.data.order import Order
+from nemo_rlhf.data.records import Source, missing_field, read_records
+from nemo_rlhf.data.tokenizer import encode, render_chat
+from nemo_rlhf.types import Prompt
+
+FIELDS = ("prompt", "text")
+
+
+def read_prompts(source: Source, tokenizer: Any, max_prompt_length: int) -> list[Prompt]:
+    """Prompts from a jsonl file, a ``datasets`` directory or a sequence of strings and dicts.
+
+    A record is a string, or an object with "prompt" (a string, or chat messages to which the tokenizer's chat template
+    is applied) or "text"; every other field is kept in ``metadata``. ``max_prompt_length``: in tokens.
+    Raises ValueError, which names the place, for a record that is none of these, or a prompt that is empty or too long.
+    """
+    return [
+        _read_prompt(where, record, tokenizer, max_prompt_length) for where, record in read_records(source, "prompt")
+    ]
+
+
+def encode_prompt(prompt: Any, tokenizer: Any, where: str) -> tuple[list[int], str]:
+    """Token ids and text of a prompt: a string, or chat messages, whose text ends in the assistant's header.
+
+    A string gets what the tokenizer puts in front of a text (BOS); a chat template writes that itself.
+    """
+    if isinstance(prompt, str):
+        return encode(tokenizer, prompt, start=True), prompt
+    if isinstance(prompt, (list, tuple)):
+        text = render_chat(tokenizer, prompt, where, generation_prompt=True)
+        return encode(tokenizer, text, start=False), text
+    raise ValueError(f"{where}: the prompt is a {type(prompt).__name__}, and must be text or a list of chat messages.")
+
+
+def _read_prompt(where: str, record: Any, tokenizer: Any, max_prompt_length: int) -> Prompt:
+    metadata: dict[str, Any] = {}
+    if isinstance(record, dict):
+        field = next((name for name in FIELDS if record.get(name) is not None), None)
+        if field is None:
+            raise missing_field(where, record, FIELDS)
+        metadata = {name: value for name, value in record.items() if name != field}
+        record = record[field]
+    elif not isinstance(record, str):
+        raise ValueError(
+            f'{where} is a {type(record).__name__}, and must be a string or an object with "prompt" or "text".'
+        )
+    if not record:
+        raise ValueError(f"{where}: the prompt is empty.")
+    token_ids, text = encode_prompt(record, tokenizer, where)
+    if not token_ids:
+        raise ValueError(f"{where}: the prompt has no token.")
+    if len(token_ids) > max_prompt_length:
+        raise ValueError(
+            f"{where}: the prompt is {len(token_ids)} tokens long and data.max_prompt_length is {max_prompt_length}: "
+            "raise the limit, or shorten or remove the prompt."
+        )
+    return Prompt(tuple(token_ids), text, metadata)
+
+
+class PromptStream:
+    """An endless, shuffled sequence of prompts, cut into batches of ``num_prompts`` (it may exceed their number)."""
+
+    def __init__(self, prompts: Sequence[Prompt], num_prompts: int, seed: int, shuffle: bool = True):
+        self._prompts = prompts
+        self._num_prompts = num_prompts
+        self._order = Order(len(prompts), seed, shuffle)
+
+    def batch(self, step: int) -> list[Prompt]:
+        """The prompts of step ``step`` (from 0): a function of the seed and the step alone."""
+        return [self._prompts[index] for index in self._order.batch(step, self._num_prompts)]

@@ -1,0 +1,212 @@
+"""Generation on the very model that is trained: its weights, its layers, its tensor- and pipeline-parallel cut.
+
+The slots are divided into as many groups as there are pipeline stages. Every stage runs the same loop over pieces of
+work, one group after the other, so that while stage 1 works on group 0, stage 0 works on group 1. Hidden states go from
+stage to stage; the last stage draws the tokens and tells the others over the control group, on the host: two
+communicators, so that traffic in opposite directions cannot wait for itself.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nemo_rlhf import device
+from nemo_rlhf.generation.ending import Ending
+from nemo_rlhf.generation.sampling import SamplingParams, sample_tokens
+from nemo_rlhf.generation.slots import Scheduler, Work
+from nemo_rlhf.parallel import state
+from nemo_rlhf.parallel.attention import KVCache
+from nemo_rlhf.parallel.gpt import GPT, sequence_parallel_off
+from nemo_rlhf.types import Request, Sample
+
+CACHE_MULTIPLE = 64  # the cache's length is a multiple of it
+
+
+class Engine:
+    """Samples continuations with a fixed number of slots, refilled from the queue as sequences finish.
+
+    Args:
+        model: this rank's part of a policy.
+        tokenizer: transformers tokenizer, or anything with its ``decode``, ``eos_token_id`` and ``all_special_ids``.
+        num_slots: sequences in the key-value cache of this model-parallel group at once.
+        max_sequence_length: of prompt and response together.
+
+    Raises:
+        ValueError: ``num_slots`` is not positive, or ``max_sequence_length`` is beyond what the model was made for.
+    """
+
+    def __init__(self, model: GPT, tokenizer: Any, *, num_slots: int, max_sequence_length: int) -> None:
+        if num_slots < 1:
+            raise ValueError(f"generation.num_slots={num_slots}: at least one slot is needed.")
+        longest = model.architecture.max_position_embeddings
+        if max_sequence_length > longest:
+            raise ValueError(
+                f"Sequences of {max_sequence_length} tokens are longer than the model's "
+                f"max_position_embeddings={longest}: shorten prompts or generation.max_new_tokens."
+            )
+        self._model = model
+        self._tokenizer = tokenizer
+        self._num_slots = num_slots
+        self._max_sequence_length = max_sequence_length
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> tuple[Sample, ...]:
+        """One sample a request, in their order. All ranks of a model-parallel group call this with the same arguments
+        and get the same samples; requests of other data-parallel ranks are none of its business.
+
+        Raises:
+            ValueError: a prompt is empty or does not fit with its response, or the model's logits are NaN.
+        """
+        self._check(requests, sampling)
+        if not requests:
+            return ()
+        scheduler = Scheduler(requests, Ending(self._tokenizer, sampling), self._num_slots, state.pp_size())
+        longest = max(len(request.prompt.token_ids) for request in requests) + sampling.max_new_tokens
+        length = -(-longest // CACHE_MULTIPLE) * CACHE_MULTIPLE
+        with torch.no_grad(), _evaluating(self._model), sequence_parallel_off(self._model):
+            _run(scheduler, _Stage(self._model, sampling, scheduler.group_sizes, length))
+        return scheduler.samples()
+
+    def _check(self, requests: Sequence[Request], sampling: SamplingParams) -> None:
+        for request in requests:
+            length = len(request.prompt.token_ids)
+            if not length:
+                raise ValueError(f"The prompt of sample {request.sample_index} has no tokens: give it at least one.")
+            if length + sampling.max_new_tokens > self._max_sequence_length:
+                raise ValueError(
+                    f"The prompt of sample {request.sample_index} has {length} tokens, which with "
+                    f"generation.max_new_tokens={sampling.max_new_tokens} is more than the {self._max_sequence_length} "
+                    "that a sequence may have: shorten the prompt or ask for fewer tokens."
+                )
+
+
+def _run(scheduler: Scheduler, stage: _Stage) -> None:
+    """Every stage sees the same tokens at the same point of this loop, so their schedulers never differ."""
+    under_way: list[tuple[Work, _Tokens] | None] = [None] * len(scheduler.group_sizes)
+    while True:
+        for group in range(len(under_way)):
+            if (pending := under_way[group]) is not None:
+                work, tokens = pending
+                stage.move(group, scheduler.record(group, work, tokens.get()))
+                under_way[group] = None
+            if scheduler.finished:
+                stage.finish()
+                return
+            if (next_work := scheduler.next_work(group)) is not None:
+                under_way[group] = (next_work, stage.start(group, next_work))
+
+
+@dataclass
+class _Tokens:
+    """Sampled tokens, here already or on their way from the last stage."""
+
+    ids: Tensor  # int64, on the host
+    arrival: Any = None
+
+    def get(self) -> list[int]:
+        if self.arrival is not None:
+            self.arrival.wait()
+        return self.ids.tolist()
+
+
+class _Stage:
+    """This rank's pipeline stage: runs pieces of work, passes hidden states on, draws the tokens if it is the last."""
+
+    def __init__(self, model: GPT, sampling: SamplingParams, group_sizes: Sequence[int], max_length: int) -> None:
+        self._model = model
+        self._sampling = sampling
+        self._caches = [KVCache(size, max_length) for size in group_sizes]
+        self._sending: deque[tuple[Any, Tensor]] = deque()
+        self._device = device.torch_device()
+
+    def start(self, group: int, work: Work) -> _Tokens:
+        """One forward pass. Its tokens have to be fetched before the same group's next one."""
+        inputs, positions, last = self._inputs(work)
+        cache = self._caches[group]
+        if work.prefill:
+            cache.prefill(work.first_slot, len(work.rows))
+        else:
+            cache.decode(positions[:, 0], max(row.length for row in work.rows) - 1)
+        if not state.is_first_stage():
+            self._model.set_input_tensor(self._receive(inputs.size(1), inputs.size(0)))
+        hidden = self._model(inputs, positions, inference_context=cache)
+        if state.is_last_stage():
+            return self._announce(
+                self._draw(hidden[last, torch.arange(len(work.rows), device=self._device)], work).cpu()
+            )
+        self._send(hidden)
+        return self._expect(len(work.rows))
+
+    def move(self, group: int, moves: Sequence[tuple[int, int]]) -> None:
+        self._caches[group].move(moves)
+
+    def finish(self) -> None:
+        while self._sending:
+            self._sending.popleft()[0].wait()
+
+    def _inputs(self, work: Work) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens and positions [n, S], and where each row's last token is [n]."""
+        if not work.prefill:
+            pairs = [(row.response[-1], row.length - 1) for row in work.rows]
+            tokens, positions = torch.tensor(pairs, device=self._device).t().unsqueeze(-1)
+            return tokens, positions, torch.zeros_like(positions[:, 0])
+        prompts = [row.prompt_ids for row in work.rows]
+        longest = max(map(len, prompts))
+        padded = [[*ids, *[0] * (longest - len(ids))] for ids in prompts]
+        tokens = torch.tensor(padded, device=self._device)
+        positions = torch.arange(longest, device=self._device).expand_as(tokens)
+        return tokens, positions, torch.tensor([len(ids) - 1 for ids in prompts], device=self._device)
+
+    def _draw(self, hidden: Tensor, work: Work) -> Tensor:
+        names = [(row.request.sample_index, row.length) for row in work.rows]
+        sample_index, position = torch.tensor(names, device=self._device).t()
+        return sample_tokens(
+            self._model.output_logits(hidden),
+            vocab_start=self._model.vocab_range()[0],
+            vocab_size=self._model.architecture.vocab_size,
+            sampling=self._sampling,
+            sample_index=sample_index,
+            position=position,
+            group=state.tp_group(),
+        )
+
+    # Pipeline traffic. Hidden states forwards on the pipeline group, tokens backwards on the control group.
+
+    def _receive(self, length: int, rows: int) -> Tensor:
+        config = self._model.config
+        hidden = torch.empty(length, rows, config.hidden_size, dtype=config.pipeline_dtype, device=self._device)
+        dist.recv(hidden, group=state.pp_group(), group_src=state.pp_rank() - 1)
+        return hidden
+
+    def _send(self, hidden: Tensor) -> None:
+        hidden = hidden.contiguous()
+        self._sending.append((dist.isend(hidden, group=state.pp_group(), group_dst=state.pp_rank() + 1), hidden))
+        while len(self._sending) > len(self._caches):
+            self._sending.popleft()[0].wait()
+
+    def _announce(self, ids: Tensor) -> _Tokens:
+        return _Tokens(ids, self._broadcast(ids) if state.pp_size() > 1 else None)
+
+    def _expect(self, rows: int) -> _Tokens:
+        ids = torch.empty(rows, dtype=torch.long, device="cpu")
+        return _Tokens(ids, self._broadcast(ids))
+
+    def _broadcast(self, ids: Tensor) -> Any:
+        return dist.broadcast(ids, group_src=state.pp_size() - 1, group=state.control_group(), async_op=True)
+
+
+@contextmanager
+def _evaluating(model: GPT) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

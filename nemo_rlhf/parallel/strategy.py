@@ -1,0 +1,89 @@
+"""Lightning's strategy for models that megatron-core cuts: it wraps nothing, moves nothing and saves directories."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+
+from nemo_rlhf import device
+from nemo_rlhf.parallel import checkpoint, state
+
+_LIGHTNING = "lightning.pt"
+
+
+class Restorable(Protocol):
+    """What a module must offer to be saved and restored; all ranks call both."""
+
+    def save_to(self, directory: Path) -> None: ...
+
+    def load_from(self, directory: Path) -> None: ...
+
+
+class MegatronStrategy(DDPStrategy):
+    """Process groups are those of ``parallel.state``, gradients and weights the business of megatron's optimizer.
+
+    Lightning's own dictionary (loops, callbacks) is a file in the checkpoint directory, beside what the module writes.
+    """
+
+    def __init__(self, timeout_s: int) -> None:
+        super().__init__(
+            process_group_backend=device.backend(),
+            timeout=timedelta(seconds=timeout_s),
+            cluster_environment=TorchElasticEnvironment(),
+        )
+
+    def setup(self, trainer: Trainer) -> None:
+        # not the parent's: it would wrap the module in DDP and send rank 0's weights over the other shards
+        assert self.accelerator is not None and self.model is not None
+        self.accelerator.setup(trainer)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+
+    def model_to_device(self) -> None:
+        """The parts were built on their device."""
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": state.dp_size(), "rank": state.dp_rank()}
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True  # the optimizer's state needs an optimizer
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        return {}
+
+    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
+        """Done by ``load_checkpoint``."""
+
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        """Done by ``load_checkpoint``."""
+
+    def save_checkpoint(self, checkpoint_dict: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Raises SaveError on every rank when it could not be written."""
+        module: Any = self.lightning_module
+
+        def write(directory: Path) -> None:
+            checkpoint.save_object(checkpoint_dict, directory / _LIGHTNING)
+            module.save_to(directory)
+
+        checkpoint.write_atomically(Path(filepath), write)
+
+    def load_checkpoint(self, checkpoint_path: Any) -> dict[str, Any]:
+        module: Any = self.lightning_module
+        module.load_from(Path(checkpoint_path))
+        return checkpoint.load_object(Path(checkpoint_path) / _LIGHTNING)
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        checkpoint.remove(Path(filepath))

@@ -1,0 +1,136 @@
+"""Run a function on several ranks, each a fresh Python process, and collect what it returns.
+
+Fresh processes rather than forks or ``multiprocessing``: the CPU's stand-in for CUDA, megatron's global state and
+torch's process groups then never leak into the process that runs the tests.
+
+    def worker(payload): ...                # in tests/workers/some_worker.py; sees RANK, WORLD_SIZE, MASTER_* as usual
+    results = run_distributed("tests.workers.some_worker:worker", world_size=2, payload={"steps": 3})
+
+Payload and results travel as pickles, so tensors in them arrive on the CPU and unshared.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+_GRACE_S = 5.0  # how long the other ranks may go on after the first has failed, to write their own tracebacks
+
+
+class DistributedFailure(AssertionError):
+    """A rank raised, died or ran out of time; the message holds the traceback of the first that did."""
+
+
+def run_distributed(
+    worker: str, world_size: int, payload: Any = None, *, timeout_s: float = 300.0, env: dict[str, str] | None = None
+) -> list[Any]:
+    """Call ``worker`` ("module:function") with ``payload`` on ``world_size`` ranks; return its results by rank.
+
+    Raises DistributedFailure with the traceback of the first failing rank, or the output's end where a rank died
+    or was still running after ``timeout_s``. No process outlives the call.
+    """
+    with tempfile.TemporaryDirectory(prefix="ranks-") as name:
+        directory = Path(name)
+        _dump(payload, directory / "payload")
+        shared = _environment(world_size) | (env or {})
+        processes = [_start(worker, rank, directory, shared) for rank in range(world_size)]
+        try:
+            _wait(processes, directory, time.monotonic() + timeout_s, timeout_s)
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    process.kill()
+                process.wait()
+        return [_load(directory / f"result-{rank}") for rank in range(world_size)]
+
+
+def _environment(world_size: int) -> dict[str, str]:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return {
+        **os.environ,
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def _start(worker: str, rank: int, directory: Path, shared: dict[str, str]) -> subprocess.Popen[bytes]:
+    env = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    command = [sys.executable, "-m", "tests.spawn", worker, str(directory)]
+    with (directory / f"output-{rank}").open("wb") as output:
+        return subprocess.Popen(command, env=env, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+
+
+def _wait(processes: list[subprocess.Popen[bytes]], directory: Path, deadline: float, timeout_s: float) -> None:
+    while any(process.poll() is None for process in processes):
+        if any(process.poll() for process in processes):
+            deadline = min(deadline, time.monotonic() + _GRACE_S)
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
+    codes = [process.poll() for process in processes]
+    if not any(code != 0 for code in codes):
+        return
+    errors = sorted(directory.glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
+    if errors:
+        rank, text = errors[0].name.removeprefix("error-"), errors[0].read_text()
+        raise DistributedFailure(f"Rank {rank} of {len(processes)} raised first:\n{text}")
+    dead = next((rank for rank, code in enumerate(codes) if code), None)
+    if dead is not None:
+        raise DistributedFailure(f"Rank {dead} of {len(processes)} died ({codes[dead]}):\n{_tail(directory, dead)}")
+    late = next(rank for rank, code in enumerate(codes) if code is None)
+    raise DistributedFailure(
+        f"Rank {late} of {len(processes)} was still running after {timeout_s:.0f} s:\n{_tail(directory, late)}"
+    )
+
+
+def _tail(directory: Path, rank: int, characters: int = 4000) -> str:
+    return (directory / f"output-{rank}").read_text(errors="replace")[-characters:]
+
+
+def _dump(value: Any, path: Path) -> None:
+    # torch.save, because plain pickle hands tensors over with the whole storage that they are a view of
+    buffer = io.BytesIO()
+    torch.save(value, buffer, pickle_module=pickle)
+    path.write_bytes(buffer.getvalue())
+
+
+def _load(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=False)
+
+
+def _main(worker: str, directory: Path) -> None:
+    rank = os.environ["RANK"]
+    try:
+        module, function = worker.split(":")
+        torch.set_num_threads(1)
+        result = getattr(importlib.import_module(module), function)(_load(directory / "payload"))
+        _dump(result, directory / f"result-{rank}")
+    except BaseException:
+        (directory / f"error-{rank}").write_text(traceback.format_exc())
+        raise
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1], Path(sys.argv[2]))
