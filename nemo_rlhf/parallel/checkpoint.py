@@ -78,18 +78,16 @@ def load_model(model: GPT, directory: Path, missing: Collection[str] = ()) -> No
     """Fill ``model`` with the weights of a Megatron checkpoint, whatever the cut that wrote it.
 
     Args:
-        missing: parameter names that the checkpoint may lack (a new head); they are left as they are.
+        missing: parameter names that the checkpoint lacks (a new head); they are left as they are.
 
     Raises:
         ValueError: any other parameter is missing, or a shape differs.
     """
     weights = Path(directory) / WEIGHTS
     wanted = {name: value for name, value in _model_state(model).items() if name not in missing}
-    if missing:  # heads that the checkpoint has and this model has not are left out on purpose
-        stored = dist_checkpointing.load_sharded_metadata(str(weights))
-        wanted.update({n: v for n, v in _model_state(model).items() if n in missing and v.key in stored})
     loaded = load_tensors(wanted, weights, strict="assume_ok_unexpected")
     incompatible = model.load_state_dict(loaded, strict=False)
+    model.zero_vocabulary_padding()
     absent = [n for n in incompatible.missing_keys if n not in missing and not n.endswith("_extra_state")]
     if absent:
         raise ValueError(f"{directory} lacks the weight {absent[0]}: it belongs to another architecture.")

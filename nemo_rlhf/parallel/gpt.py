@@ -181,6 +181,24 @@ class GPT(GPTModel):
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states
 
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
+        """As megatron's, which takes for granted that the last stage has an output layer."""
+        last, self.post_process = self.post_process, self.post_process and self.role != "critic"
+        try:
+            return super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        finally:
+            self.post_process = last
+
+    @torch.no_grad()
+    def zero_vocabulary_padding(self) -> None:
+        """Rows beyond the vocabulary, which another cut's checkpoint does not have."""
+        start, end = self.vocab_range()
+        real = min(max(self.architecture.vocab_size - start, 0), end - start)
+        if self.pre_process:
+            self.embedding.word_embeddings.weight[real:] = 0
+        if self.post_process and self.role == "policy":
+            self.output_weight()[real:] = 0
+
     def output_weight(self) -> Tensor:
         """This rank's rows of the output layer [padded vocabulary / TP, H]. Last stage only."""
         if self.share_embeddings_and_output_weights:
