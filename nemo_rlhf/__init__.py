@@ -1,3 +1,108 @@
-"""Reinforcement learning for language models too large for one machine."""
+"""Reinforcement learning for language models too large for one machine: PPO on megatron-core, NeMo, Hydra and SLURM.
+
+``train`` is the call for Python programs; the console program ``nemo-rlhf`` does the same from configuration files.
+Importing this package loads nothing heavy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nemo_rlhf.config.schema import PPOConfig, SFTConfig
 
 __version__ = "0.1.0"
+__all__ = ["TrainResult", "__version__", "config", "train"]
+
+_EXIT_STOPPED = 75
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run leaves: metrics of its last step, and the checkpoint to go on from (a directory that
+    ``train(model_path=...)``, ``nemo-rlhf generate`` and ``nemo-rlhf convert export`` take)."""
+
+    metrics: Mapping[str, float]
+    checkpoint: Path
+    run_dir: Path
+
+
+def train(
+    model_path: str | Path,
+    *,
+    reward_fn: Callable[..., Any] | None = None,
+    prompts: Sequence[Any] | str | None = None,
+    eval_prompts: Sequence[Any] | str | None = None,
+    metric_fn: Callable[..., Mapping[str, Any]] | None = None,
+    samples: Sequence[Any] | str | None = None,
+    eval_samples: Sequence[Any] | str | None = None,
+    rewards: Sequence[float] | None = None,
+    config: PPOConfig | SFTConfig | None = None,
+    stop_sequences: Sequence[str] = (),
+) -> TrainResult:
+    """Train a model: PPO with ``reward_fn`` and ``prompts``, supervised fine-tuning with ``samples``.
+
+    The same program runs under ``python``, ``torchrun`` and ``srun``; under ``python`` with several devices it starts
+    itself once for each, so what stands before this call runs in every process.
+
+    Args:
+        model_path: Hugging Face directory or Megatron checkpoint.
+        reward_fn: called as ``reward_fn(samples=, prompts=, outputs=, tokenizer=, **metadata)`` with lists of str;
+            returns one number a sample, or a list with one a response token.
+        prompts: strings, dicts with "prompt" and metadata, or a file of them.
+        eval_prompts: the same, for validation.
+        metric_fn: called as ``reward_fn`` is; returns numbers, or lists of them, by name, logged as ``val/<name>``.
+        samples: strings (all of it is learned), [prompt, output, prompt, output, ...] lists (outputs are learned),
+            dicts as in SFT files, or a file of them.
+        eval_samples: the same, for the validation loss.
+        rewards: of ``samples``, for offline reinforcement learning; not in this version.
+        config: from ``nemo_rlhf.config("ppo" or "sft", overrides=[...])``; by default that with a run directory
+            under ``runs/``.
+        stop_sequences: strings that end a response, beside ``generation.stop``.
+
+    Raises:
+        ValueError: wrong input, in one sentence.
+        SystemExit: with code 75, when a signal stopped the run after it saved.
+    """
+    if rewards is not None:
+        raise ValueError("train(rewards=...) asks for offline reinforcement learning, which this version does not have.")
+    if (reward_fn is None) == (samples is None):
+        raise ValueError("train() needs either reward_fn and prompts, for PPO, or samples, for supervised fine-tuning.")
+    import nemo_rlhf.config as configuration
+
+    command, kind = ("sft", configuration.SFTConfig) if reward_fn is None else ("ppo", configuration.PPOConfig)
+    if config is None:
+        config = configuration(command, overrides=[f"exp_manager.explicit_log_dir=runs/{command}"])
+    if not isinstance(config, kind):
+        raise ValueError(f'this call of train() needs a configuration from nemo_rlhf.config("{command}", ...).')
+    if isinstance(config, configuration.PPOConfig) and prompts is None and config.data.prompts is None:
+        raise ValueError("train(reward_fn=...) needs prompts, as an argument or as data.prompts.")
+    config.model.restore_from = str(model_path)
+
+    from nemo_rlhf.cli.launch import launch_if_needed
+
+    launch_if_needed(config.trainer.devices, config.trainer.num_nodes)
+    from nemo_rlhf.cli.run import result_of, run_ppo, run_sft
+
+    if isinstance(config, configuration.PPOConfig):
+        config.generation.stop = [*config.generation.stop, *stop_sequences]
+        code = run_ppo(
+            config, reward_fn=reward_fn, prompts=prompts, validation_prompts=eval_prompts, metric_fn=metric_fn
+        )
+    else:
+        code = run_sft(config, train=samples, validation=eval_samples)
+    if code == _EXIT_STOPPED:
+        raise SystemExit(code)
+    metrics, checkpoint = result_of(Path(config.exp_manager.explicit_log_dir))
+    return TrainResult(metrics, checkpoint, Path(config.exp_manager.explicit_log_dir))
+
+
+def __getattr__(name: str) -> Any:
+    if name == "config":  # a module that can be called; imported on first use
+        import importlib
+
+        return importlib.import_module("nemo_rlhf.config")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

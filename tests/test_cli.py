@@ -11,7 +11,7 @@ import torch
 
 import nemo_rlhf
 from nemo_rlhf.cli import main
-from nemo_rlhf.config import PPOConfig, SFTConfig
+from nemo_rlhf.config import GenerateConfig, PPOConfig, SFTConfig
 
 REPOSITORY = Path(nemo_rlhf.__file__).parents[1]
 REQUIRED = ["model.restore_from=m", "exp_manager.explicit_log_dir=r"]
@@ -36,7 +36,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     convert = types.ModuleType("nemo_rlhf.convert")
     for name in ("import_hf", "export_hf"):
         setattr(convert, name, recorder(name))
+    monkeypatch.setattr("nemo_rlhf.cli.launch_if_needed", lambda num_local, num_nodes: launched.append(num_local))
     monkeypatch.setitem(sys.modules, "nemo_rlhf.cli.run", run)
+    # the real one would start this test session once per device
+    monkeypatch.setattr("nemo_rlhf.cli.launch_if_needed", lambda *sizes: None)
     monkeypatch.setitem(sys.modules, "nemo_rlhf.convert", convert)
     return recorded
 
@@ -92,18 +95,18 @@ def test_generate_and_convert(calls: list[Any], capsys: pytest.CaptureFixture[st
     assert main(["generate", "dir", overrides[0], "--prompts", "p", "--out", "o", overrides[1]]) == 0
     assert main(["convert", "import", "hf", "ckpt"]) == 0
     assert main(["convert", "export", "ckpt", "hf", "--max-shard-size", "1GB"]) == 0
-    assert calls == [
-        ("run_generate", "dir", "p", "o", overrides),
-        ("import_hf", "hf", "ckpt"),
-        ("export_hf", "ckpt", "hf", ("max_shard_size", "1GB")),
-    ]
+    (_, generate), *others = calls
+    assert isinstance(generate, GenerateConfig) and generate.out == "o" and generate.data.prompts == "p"
+    assert (generate.model.restore_from, generate.generation.top_k, generate.trainer.devices) == ("dir", 4, 2)
+    assert others == [("import_hf", "hf", "ckpt"), ("export_hf", "ckpt", "hf", ("max_shard_size", "1GB"))]
     assert capsys.readouterr().out == "ckpt\nhf\n"
 
 
 def test_paths_of_generate_may_hold_anything(calls: list[Any]) -> None:
     odd = "it's a=b, [c] \\ {d}\\"
     assert main(["generate", "my dir", "--prompts", "a=b.jsonl", "--out", odd]) == 0
-    assert calls == [("run_generate", "my dir", "a=b.jsonl", odd, [])]
+    ((_, generate),) = calls
+    assert (generate.model.restore_from, generate.data.prompts, generate.out) == ("my dir", "a=b.jsonl", odd)
 
 
 def test_wrong_arguments(capsys: pytest.CaptureFixture[str], calls: list[Any]) -> None:

@@ -179,6 +179,12 @@ def no_job(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
+def test_rank_without_its_rank_starts_no_others(no_job: pytest.MonkeyPatch) -> None:
+    no_job.setenv("NEMO_RLHF_LAUNCHED", "1")
+    with pytest.raises(ValueError, match="RANK is gone"):
+        launch.launch_if_needed(2)
+
+
 def test_single_process_needs_nobody(no_job: pytest.MonkeyPatch) -> None:
     launch.launch_if_needed(1)
     assert [os.environ[key] for key in DISTRIBUTED[:5]] == ["0", "0", "1", "1", "127.0.0.1"]

@@ -26,6 +26,7 @@ EXIT_WRONG_INPUT = 2
 GRACE_S = 5.0  # between SIGTERM and SIGKILL for the other ranks, when one has failed
 _POLL_S = 0.05
 _PR_SET_PDEATHSIG = 1
+_LAUNCHED = "NEMO_RLHF_LAUNCHED"  # marks our ranks, so that one that lost RANK never starts others in turn
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -43,6 +44,8 @@ def launch_if_needed(num_local: int, num_nodes: int = 1) -> None:
     if "RANK" in env:
         _complete_env(num_local, num_nodes)
         return
+    if _LAUNCHED in env:
+        raise ValueError("RANK is gone from the environment of a process that this launcher started: leave it there.")
     if num_nodes > 1:
         raise ValueError(
             f"trainer.num_nodes={num_nodes}, but this is a single process: start one for each device on every node, "
@@ -126,6 +129,7 @@ def _run_ranks(command: Sequence[str], num_local: int) -> int:
         "LOCAL_WORLD_SIZE": str(num_local),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
+        _LAUNCHED: "1",
     }
     env.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_local)))
     ranks: list[subprocess.Popen[bytes]] = []

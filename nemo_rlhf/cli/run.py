@@ -9,6 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+# NeMo's telemetry is off by default and says so at import, on every rank
+for _name in ("nv_one_logger.api.config", "nv_one_logger.training_telemetry.api.training_telemetry_provider"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
+
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from nemo.utils import logging as nemo_logging
@@ -16,7 +20,7 @@ from nemo.utils.exp_manager import exp_manager
 from omegaconf import OmegaConf
 
 from nemo_rlhf import device
-from nemo_rlhf.algorithms.base import Algorithm
+from nemo_rlhf.algorithms.base import Algorithm, Metrics, stored_metrics
 from nemo_rlhf.algorithms.evaluate import sample
 from nemo_rlhf.algorithms.ppo import PPO, PPOInputs
 from nemo_rlhf.algorithms.roles import open_role, open_tokenizer
@@ -122,6 +126,12 @@ def run_generate(config: GenerateConfig) -> int:
         partial.replace(out)
     dist.barrier()
     return EXIT_DONE
+
+
+def result_of(run_dir: Path) -> tuple[Metrics, Path]:
+    """Metrics of a finished run's last step and its last checkpoint."""
+    last = stored_checkpoints(run_dir)[-1]
+    return stored_metrics(last)[1], last
 
 
 def _begin(model: BaseModelConfig, trainer: HardwareConfig, seed: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +33,18 @@ __all__ = [
 ]
 
 
+# What ``nemo_rlhf.train`` has in memory, so that a configuration for it may leave these keys out.
+TRAIN_SUPPLIES: dict[str, tuple[str, ...]] = {"ppo": ("data.prompts", "reward.function"), "sft": ("data.train",)}
+
+
 class _CallableModule(types.ModuleType):
     def __call__(
-        self,
-        command: str,
-        overrides: Sequence[str] = (),
-        *,
-        config_file: str | Path | None = None,
-        supplied: Collection[str] = (),
+        self, command: str, overrides: Sequence[str] = (), *, config_file: str | Path | None = None
     ) -> Any:
-        return load(command, overrides, config_file=config_file, supplied=supplied)
+        """The configuration of ``command`` for ``nemo_rlhf.train``, which brings model, data and reward itself."""
+        given = {override.split("=", 1)[0] for override in overrides}
+        supplied = [key for key in TRAIN_SUPPLIES.get(command, ()) if key not in given]
+        return load(command, ["model.restore_from=''", *overrides], config_file=config_file, supplied=supplied)
 
 
 sys.modules[__name__].__class__ = _CallableModule

@@ -1,0 +1,59 @@
+# Makes the virtual environment .venv of this checkout; sourced by quickstart.sh and test.sh, after `set -euo pipefail`.
+#
+#   setup_env EXTRAS     e.g. setup_env examples
+#
+# PYTHON names the interpreter to use (default: the first of python3, python that is 3.10 or newer). Without an NVIDIA
+# GPU, the versions of constraints-cpu.txt are installed; with one, PyTorch as pip finds it. Wheels come from wherever
+# pip is configured to look: where that offers PyTorch with CUDA only, a CPU machine downloads a few gigabytes for
+# nothing, which PIP_EXTRA_INDEX_URL or pip.conf can change.
+# Defines ROOT (the checkout) and VENV_PYTHON (the interpreter of the environment).
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+VENV="$ROOT/.venv"
+VENV_PYTHON="$VENV/bin/python"
+
+say() { printf '\n==> %s\n' "$*"; }
+
+is_recent_python() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; }
+
+find_python() {
+    local candidate
+    if [[ -n "${PYTHON:-}" ]]; then
+        is_recent_python "$PYTHON" && { printf '%s\n' "$PYTHON"; return; }
+        echo "PYTHON=$PYTHON is not a Python 3.10 or newer." >&2
+        return 1
+    fi
+    for candidate in python3 python3.13 python3.12 python3.11 python3.10 python; do
+        is_recent_python "$candidate" && { printf '%s\n' "$candidate"; return; }
+    done
+    echo "No Python 3.10 or newer was found: install one, or name it in PYTHON." >&2
+    return 1
+}
+
+has_gpu() { command -v nvidia-smi >/dev/null 2>&1 && [[ -n "$(nvidia-smi -L 2>/dev/null)" ]]; }
+
+setup_env() {
+    local extras="$1" python constraints kind stamp
+    local -a options=()
+    constraints="$ROOT/scripts/constraints-cpu.txt"
+    if has_gpu; then
+        kind=gpu
+    else
+        kind=cpu
+        options=(-c "$constraints")
+    fi
+    # What was asked for last time; when nothing of it has changed, nothing is to be done.
+    stamp="$kind $extras $(cat "$ROOT/pyproject.toml" "$constraints" | cksum)"
+    if [[ -x "$VENV_PYTHON" && "$(cat "$VENV/.nemo_rlhf_$extras" 2>/dev/null)" == "$stamp" ]]; then
+        say "Environment $VENV is up to date."
+        return
+    fi
+    if [[ ! -x "$VENV_PYTHON" ]]; then
+        python="$(find_python)"
+        say "Making the environment $VENV with $("$python" --version)"
+        "$python" -m venv "$VENV"
+    fi
+    say "Installing nemo_rlhf[$extras] ($kind); this takes a minute or two"
+    "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check ${options[@]+"${options[@]}"} -e "$ROOT[$extras]"
+    printf '%s\n' "$stamp" >"$VENV/.nemo_rlhf_$extras"
+}
