@@ -36,7 +36,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     convert = types.ModuleType("nemo_rlhf.convert")
     for name in ("import_hf", "export_hf"):
         setattr(convert, name, recorder(name))
-    monkeypatch.setattr("nemo_rlhf.cli.launch_if_needed", lambda num_local, num_nodes: launched.append(num_local))
     monkeypatch.setitem(sys.modules, "nemo_rlhf.cli.run", run)
     # the real one would start this test session once per device
     monkeypatch.setattr("nemo_rlhf.cli.launch_if_needed", lambda *sizes: None)

@@ -12,6 +12,7 @@ import pytest
 
 from nemo_rlhf.cli import launch
 
+MARK = "NEMO_RLHF_LAUNCHED"
 DISTRIBUTED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 
 PREFIX = """
@@ -29,7 +30,7 @@ def say(text):
 
 
 def clean_env(**more: str) -> dict[str, str]:
-    env = {k: v for k, v in os.environ.items() if k not in DISTRIBUTED and not k.startswith("SLURM_")}
+    env = {k: v for k, v in os.environ.items() if k not in (*DISTRIBUTED, MARK) and not k.startswith("SLURM_")}
     return {**env, "PYTHONPATH": str(Path(launch.__file__).parents[2]), **more}
 
 
@@ -173,15 +174,15 @@ def test_interactive_session_is_told_what_to_do() -> None:
 @pytest.fixture
 def no_job(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """An environment outside of any job, put back afterwards together with what the launcher sets."""
-    for name in [*DISTRIBUTED, *(key for key in os.environ if key.startswith("SLURM_"))]:
+    for name in [*DISTRIBUTED, MARK, *(key for key in os.environ if key.startswith("SLURM_"))]:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     return monkeypatch
 
 
 def test_rank_without_its_rank_starts_no_others(no_job: pytest.MonkeyPatch) -> None:
-    no_job.setenv("NEMO_RLHF_LAUNCHED", "1")
-    with pytest.raises(ValueError, match="RANK is gone"):
+    no_job.setenv(MARK, "1")
+    with pytest.raises(ValueError, match="NEMO_RLHF_LAUNCHED is set, but RANK is not"):
         launch.launch_if_needed(2)
 
 

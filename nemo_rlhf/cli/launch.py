@@ -44,14 +44,17 @@ def launch_if_needed(num_local: int, num_nodes: int = 1) -> None:
     if "RANK" in env:
         _complete_env(num_local, num_nodes)
         return
-    if _LAUNCHED in env:
-        raise ValueError("RANK is gone from the environment of a process that this launcher started: leave it there.")
     if num_nodes > 1:
         raise ValueError(
             f"trainer.num_nodes={num_nodes}, but this is a single process: start one for each device on every node, "
             f"as srun --nodes={num_nodes} --ntasks-per-node={num_local} does."
         )
     if num_local > 1:
+        if _LAUNCHED in env:
+            raise ValueError(
+                f"{_LAUNCHED} is set, but RANK is not: leave RANK in the environment of a rank, or unset both to start "
+                "a job from within another."
+            )
         sys.exit(_run_ranks(_own_command(), num_local))
     for key, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": str(_free_port())}.items():
         env.setdefault(key, value)
