@@ -358,6 +358,30 @@ def test_nan_weights_are_reported_on_every_stage(hf_dir: Path) -> None:
     assert "NaN logits after" in first
 
 
+def test_training_goes_on_after_generation(hf_dir: Path, tokenizer: Any) -> None:
+    """Sequences as long as the cache was, recomputed layers: what generation left behind must be fit for autograd."""
+    from nemo_rlhf.generation.engine import Engine
+
+    state.set_environment_for_one_process()
+    model = worker.load_model(hf_dir, 1, 1, recompute="full")
+    engine = Engine(model, tokenizer, num_slots=2, max_sequence_length=64)
+    ids = torch.randint(2, 281, (2, 64), generator=torch.Generator().manual_seed(0))
+    selected = torch.arange(2, 128)
+
+    def gradient() -> torch.Tensor:
+        model.zero_grad()
+        hidden = model(ids, torch.arange(64).expand_as(ids))
+        model.vocab_logprobs(hidden, ids, selected[selected % 64 > 0])[0].sum().backward()
+        return model.decoder.layers[0].self_attention.linear_qkv.weight.grad.clone()
+
+    before = gradient()
+    model.rotary_pos_emb.forward.cache_clear()
+    engine.generate(REQUESTS[:3], SamplingParams(20))
+    after = gradient()
+    assert before.abs().max() > 0
+    assert torch.equal(before, after)
+
+
 def test_bad_requests_get_one_sentence(hf_dir: Path, tokenizer: Any) -> None:
     from nemo_rlhf.generation.engine import Engine
 

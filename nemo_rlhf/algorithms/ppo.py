@@ -268,12 +268,14 @@ class PPO(Algorithm):
 
     @contextmanager
     def _optimizers_on_device(self) -> Iterator[None]:
-        learners = [self.policy.learner, self.critic.learner] if "optimizer" in self.config.ppo.offload else []
+        learners = [learner for model in (self.policy, self.critic) if (learner := model.learner) is not None]
         for learner in learners:
-            learner.restore()  # type: ignore[union-attr]
+            if learner.is_offloaded:
+                learner.restore()
         yield
-        for learner in learners:
-            learner.offload()  # type: ignore[union-attr]
+        if "optimizer" in self.config.ppo.offload:
+            for learner in learners:
+                learner.offload()
 
     # ---- what Algorithm asks for
 

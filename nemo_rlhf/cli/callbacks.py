@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import signal
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
 from nemo_rlhf.algorithms.base import Algorithm, stored_metrics
+from nemo_rlhf.cli import stop
 from nemo_rlhf.config.schema import CheckpointConfig
 from nemo_rlhf.parallel import checkpoint
 
 CHECKPOINTS, BEST = "checkpoints", "best"
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def stored_checkpoints(run_dir: Path) -> list[Path]:
@@ -29,44 +29,48 @@ def stored_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def newest_whole_checkpoint(run_dir: Path) -> Path | None:
-    """The latest checkpoint that its manifest confirms; damaged ones are named in a warning. All ranks call it."""
-    for path in reversed(stored_checkpoints(run_dir)):
+    """The latest checkpoint that its manifest confirms; damaged ones are named in a warning. All ranks call it.
+
+    Raises:
+        ValueError: there are checkpoints, and all of them are damaged.
+    """
+    stored = stored_checkpoints(run_dir)
+    for path in reversed(stored):
         try:
             checkpoint.verify(path)
         except ValueError as error:
-            rank_zero_warn(f"{error} The one before is used.")
+            damaged = error
+            if path != stored[0]:
+                rank_zero_warn(f"{error} The one before is used.")
             continue
         return path
+    if stored:
+        raise ValueError(f"{damaged} There is no whole one before it: restore it, or delete {stored[0].parent}.")
     return None
+
+
+def remove_unfinished(run_dir: Path) -> None:
+    """Rank 0 deletes what a run that was killed while it saved has left: it fills the disk and nobody reads it."""
+    if dist.get_rank() == 0:
+        for path in (Path(run_dir) / CHECKPOINTS).glob(f"step_*{checkpoint.PARTIAL}"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 class StopSignals(Callback):
     """SIGTERM and SIGUSR1 let the step end; ``requested`` is then True on every rank after the same step."""
 
     def __init__(self) -> None:
-        self._caught = False
         self.requested = False
-        self._previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        # not earlier: Lightning installs handlers of its own before training starts
-        for number in STOP_SIGNALS:
-            self._previous[number] = signal.signal(number, self._catch)
-
-    def _catch(self, number: int, frame: Any) -> None:
-        self._caught = True
+        stop.listen()  # once more: Lightning has put handlers of its own in place
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
-        caught = torch.tensor(float(self._caught), device=pl_module.device)
-        dist.all_reduce(caught, op=dist.ReduceOp.MAX)
-        if caught:
+        noted = torch.tensor(float(stop.noted()), device=pl_module.device)
+        dist.all_reduce(noted, op=dist.ReduceOp.MAX)
+        if noted:
             self.requested = True
             trainer.should_stop = True
-
-    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
 
 
 class Checkpoints(Checkpoint):

@@ -25,6 +25,7 @@ from nemo_rlhf.generation.slots import Scheduler, Work
 from nemo_rlhf.parallel import state
 from nemo_rlhf.parallel.attention import KVCache
 from nemo_rlhf.parallel.gpt import GPT, sequence_parallel_off
+from nemo_rlhf.parallel.layers import uses_transformer_engine
 from nemo_rlhf.types import Request, Sample
 
 CACHE_MULTIPLE = 64  # the cache's length is a multiple of it
@@ -70,7 +71,7 @@ class Engine:
         scheduler = Scheduler(requests, Ending(self._tokenizer, sampling), self._num_slots, state.pp_size())
         longest = max(len(request.prompt.token_ids) for request in requests) + sampling.max_new_tokens
         length = -(-longest // CACHE_MULTIPLE) * CACHE_MULTIPLE
-        with torch.no_grad(), _evaluating(self._model), sequence_parallel_off(self._model):
+        with _without_autograd(), _evaluating(self._model), sequence_parallel_off(self._model):
             _run(scheduler, _Stage(self._model, sampling, scheduler.group_sizes, length))
         return scheduler.samples()
 
@@ -203,6 +204,13 @@ class _Stage:
 
 
 @contextmanager
+def _without_autograd() -> Iterator[None]:
+    # inference mode is cheaper, but Transformer Engine keeps tensors between calls, which training must be able to save
+    with torch.inference_mode(not uses_transformer_engine()), torch.no_grad():
+        yield
+
+
+@contextmanager
 def _evaluating(model: GPT) -> Iterator[None]:
     was_training = model.training
     model.eval()
@@ -210,3 +218,5 @@ def _evaluating(model: GPT) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+        # megatron keeps rotary angles too; those of inference mode must not meet autograd
+        model.rotary_pos_emb.forward.cache_clear()

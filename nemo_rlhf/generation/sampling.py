@@ -166,7 +166,8 @@ def add_noise(logits: Tensor, keys: Tensor, vocab_start: int) -> Tensor:
     bits &= 0x7FFFFFFF
     # -u in [-(1 - 2^-24), -2^-33]: dense near 0, where unlikely tokens win, and never -1, whose logarithm is infinite
     uniform = bits.float().mul_(-(2.0**-31) * (1 - 2.0**-24)).sub_(2.0**-33)
-    return logits - uniform.log1p_().neg_().log_()
+    noise = uniform.log1p_().neg_().log_()
+    return torch.sub(logits, noise, out=noise)
 
 
 # of the 32-bit finaliser "lowbias32" (C. Wellons); multipliers as int32

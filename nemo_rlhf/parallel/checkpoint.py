@@ -7,8 +7,8 @@ file's size and checksum, and is renamed; ``verify`` tells a damaged one from a 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
+import queue
 import shutil
 import zlib
 from collections.abc import Callable, Collection
@@ -28,18 +28,22 @@ from nemo_rlhf.parallel.gpt import GPT
 
 MANIFEST = "manifest.json"
 WEIGHTS = "weights"
-_PARTIAL = ".partial"
+PARTIAL = ".partial"
 
 
 class SaveError(OSError):
-    """A checkpoint could not be written; what was there before is untouched."""
+    """A checkpoint could not be written; what was there before is untouched. ``cause_is_elsewhere``: another rank
+    knows why."""
+
+    cause_is_elsewhere = False
 
 
 def save_tensors(sharded_state: dict[str, Any], directory: Path) -> None:
     """Write a sharded state dict, all ranks together. The directory must exist and be empty."""
     if filesystem_async._results_queue is None:
-        # megatron would spawn its queue's process, which imports a user's script again
-        filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()
+        # megatron would start a process for its queue, which imports a user's script again and outlives a killed
+        # rank; saving as we do, nothing but this process uses the queue
+        filesystem_async._results_queue = queue.Queue()
     dist_checkpointing.save(sharded_state, str(directory))
 
 
@@ -100,7 +104,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         SaveError: on every rank, when any of them failed to write; what stood at ``path`` is still there.
     """
     path = Path(path)
-    partial = path.with_name(path.name + _PARTIAL)
+    partial = path.with_name(path.name + PARTIAL)
 
     def begin() -> None:
         shutil.rmtree(partial, ignore_errors=True)
@@ -120,20 +124,30 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     except (OSError, RuntimeError, CheckpointException, CheckpointingException) as error:
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
-        detail = " ".join(str(error).split())[:500] or type(error).__name__
-        raise SaveError(
-            f"the checkpoint {path} could not be written ({detail}): free space or name another directory; earlier "
-            f"checkpoints are untouched."
-        ) from error
+        failure = SaveError(
+            f"the checkpoint {path} could not be written ({_reason(error)}): free space or name another directory; "
+            f"earlier checkpoints are untouched."
+        )
+        failure.cause_is_elsewhere = isinstance(error, CheckpointException) and not error.failures
+        raise failure from error
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in a few words: of several ranks' failures the first."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank = min(error.failures)
+        error = error.failures[rank][0]
+        return f"rank {rank}: {' '.join(str(error).split())[:300]}"
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def on_rank_zero(action: Callable[[], None]) -> None:
-    """Run ``action`` on rank 0; all ranks go on together, or all raise its OSError and none waits for another."""
+    """Run ``action`` on rank 0; all ranks go on together, or all raise an OSError and none waits for another."""
     failure = [None]
     if dist.get_rank() == 0:
         try:
             action()
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # torch.save raises the latter when the disk is full
             failure = [str(error)]  # type: ignore[list-item]
     dist.broadcast_object_list(failure, src=0)
     if failure[0] is not None:
@@ -206,7 +220,7 @@ def verify(directory: Path) -> None:
 def remove(directory: Path) -> None:
     """Delete a checkpoint: renamed first, so that what is left of an interrupted deletion is not taken for whole."""
     if dist.get_rank() == 0 and directory.is_dir():
-        doomed = directory.with_name(directory.name + _PARTIAL)
+        doomed = directory.with_name(directory.name + PARTIAL)
         shutil.rmtree(doomed, ignore_errors=True)
         directory.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)

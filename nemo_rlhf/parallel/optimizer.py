@@ -116,6 +116,7 @@ class ModelOptimizer:
             wd_incr_style="constant",
         )
         self._offload: Offload | None = None
+        self._num_states = 0
         self.last_lr = 0.0  # that of the last update
         self.scheduler.step(1)  # step n runs at the rate of n, so a warm-up does not begin with a step of rate 0
 
@@ -148,20 +149,24 @@ class ModelOptimizer:
     def load_state_dict(self, loaded: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(loaded)
 
+    @property
+    def is_offloaded(self) -> bool:
+        return self._offload is not None and self._offload.is_out
+
     def offload(self) -> None:
         """Move the optimizer's state to host memory and free the gradient buffers."""
-        if self._offload is None:
+        states = [entry for part in self.optimizer.chained_optimizers for entry in part.optimizer.state.values()]
+        if self._offload is None or len(states) != self._num_states:  # moments come into being with the first step
             main = [p for group in self.optimizer.param_groups for p in group["params"]]
             moments = [
                 value
-                for part in self.optimizer.chained_optimizers
-                if part.optimizer is not None
-                for entry in part.optimizer.state.values()
+                for entry in states
                 for value in entry.values()
-                if isinstance(value, torch.Tensor) and value.device == main[0].device and value.dim()
+                if isinstance(value, torch.Tensor) and value.dim() and value.device == device.torch_device()
             ]
             # in fp32 the optimizer's parameters are the model's own
             self._offload = Offload(main + moments, keep=self.model.parameters())
+            self._num_states = len(states)
         self._offload.out()
         self.ddp.offload_grad_buffers()
 
