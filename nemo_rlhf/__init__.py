@@ -83,17 +83,19 @@ def train(
     config.model.restore_from = str(model_path)
 
     from nemo_rlhf.cli.launch import launch_if_needed
+    from nemo_rlhf.cli.stop import heeded
 
     launch_if_needed(config.trainer.devices, config.trainer.num_nodes)
-    from nemo_rlhf.cli.run import result_of, run_ppo, run_sft
+    with heeded():
+        from nemo_rlhf.cli.run import result_of, run_ppo, run_sft
 
-    if isinstance(config, configuration.PPOConfig):
-        config.generation.stop = [*config.generation.stop, *stop_sequences]
-        code = run_ppo(
-            config, reward_fn=reward_fn, prompts=prompts, validation_prompts=eval_prompts, metric_fn=metric_fn
-        )
-    else:
-        code = run_sft(config, train=samples, validation=eval_samples)
+        if isinstance(config, configuration.PPOConfig):
+            config.generation.stop = [*config.generation.stop, *stop_sequences]
+            code = run_ppo(
+                config, reward_fn=reward_fn, prompts=prompts, validation_prompts=eval_prompts, metric_fn=metric_fn
+            )
+        else:
+            code = run_sft(config, train=samples, validation=eval_samples)
     if code == _EXIT_STOPPED:
         raise SystemExit(code)
     metrics, checkpoint = result_of(Path(config.exp_manager.explicit_log_dir))

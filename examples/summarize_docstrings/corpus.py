@@ -47,8 +47,11 @@ HELDOUT_PERCENT = 10
 
 _SKIPPED_DIRECTORIES = {"site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo", "ensurepip", "externals"}
 _STOP_WORDS = frozenset(
-    "a an and are as at be by for from get given has have if in into is it its not of on or return returns set that "
-    "the this to used using when which will with you".split()
+    re.findall(
+        r"\w+",
+        "a an and are as at be by for from get given has have if in into is it its not of on or return returns set that "
+        "the this to used using when which will with you",
+    )
 )
 
 
@@ -111,7 +114,8 @@ def split_docstring(docstring: str) -> tuple[str, str] | None:
     body_words = (more + " " + plain_text(rest) if full_stop else plain_text(rest)).split()[:MAX_BODY_WORDS]
     if not re.fullmatch(r"[A-Z][\w\s,;'()/\-.]*", summary):
         return None
-    if not MIN_SUMMARY_WORDS <= len(normalise(summary).split()) <= MAX_SUMMARY_WORDS or len(body_words) < MIN_BODY_WORDS:
+    num_words = len(normalise(summary).split())
+    if not MIN_SUMMARY_WORDS <= num_words <= MAX_SUMMARY_WORDS or len(body_words) < MIN_BODY_WORDS:
         return None
     body = " ".join(body_words)
     return (body, summary.rstrip(". ") + ".") if overlap(body, summary) >= MIN_OVERLAP else None
@@ -151,7 +155,9 @@ def _read_chunk(files: Sequence[tuple[Path, str]]) -> list[Pair]:
     return [pair for path, module in files for pair in read_module(path, module)]
 
 
-def gather(roots: dict[str, Path], *, processes: int = 2, advance: Callable[[int], None] = lambda n: None) -> list[Pair]:
+def gather(
+    roots: dict[str, Path], *, processes: int = 2, advance: Callable[[int], None] = lambda _: None
+) -> list[Pair]:
     """All pairs under ``roots`` in a fixed order. ``advance`` is told how many files were read."""
     files = [(path, f"{name}/{path.relative_to(root)}") for name, root in roots.items() for path in source_files(root)]
     chunks = [files[start : start + 64] for start in range(0, len(files), 64)]
@@ -192,7 +198,7 @@ def split_by_module(pairs: Iterable[Pair], heldout_percent: int = HELDOUT_PERCEN
     unseen = [p for p in heldout if normalise(p.body) not in bodies and normalise(p.summary) not in summaries]
 
     def shuffled(side: list[Pair]) -> list[Pair]:
-        return sorted(side, key=lambda pair: (_hash(pair.module + pair.body), pair.body))
+        return sorted(side, key=lambda pair: (_hash(pair.module + pair.body), pair.body, pair.summary))
 
     return shuffled(train), shuffled(unseen)
 
@@ -209,8 +215,9 @@ def write_datasets(directory: Path, train: Sequence[Pair], heldout: Sequence[Pai
     """``train.jsonl`` and ``heldout.jsonl`` for SFT, ``prompts.jsonl`` and ``heldout_prompts.jsonl`` for PPO."""
     directory.mkdir(parents=True, exist_ok=True)
     for sft_name, ppo_name, side in (("train", "prompts", train), ("heldout", "heldout_prompts", heldout)):
-        _write(directory / f"{sft_name}.jsonl", ({"prompt": prompt_of(p.body), "response": " " + p.summary} for p in side))
-        _write(directory / f"{ppo_name}.jsonl", ({"prompt": prompt_of(p.body), "reference": p.summary} for p in side))
+        both = [(prompt_of(pair.body), pair.summary) for pair in side]
+        _write(directory / f"{sft_name}.jsonl", ({"prompt": p, "response": " " + s} for p, s in both))
+        _write(directory / f"{ppo_name}.jsonl", ({"prompt": p, "reference": s} for p, s in both))
 
 
 def _write(path: Path, records: Iterator[dict[str, str]]) -> None:

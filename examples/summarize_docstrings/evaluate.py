@@ -34,7 +34,8 @@ def summarize(model_directory: Path, prompts: Sequence[str], batch_size: int = 1
     """Greedy continuations of ``prompts`` by the Hugging Face model in ``model_directory``."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(str(model_directory), padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(str(model_directory), dtype=torch.float32).to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(str(model_directory), dtype=torch.float32)
+    model.to(device).eval()
     summaries: list[str] = []
     for start in range(0, len(prompts), batch_size):
         batch = tokenizer(list(prompts[start : start + batch_size]), return_tensors="pt", padding=True).to(device)

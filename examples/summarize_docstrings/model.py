@@ -58,8 +58,10 @@ def cut(tokenizer: PreTrainedTokenizerFast, text: str, max_tokens: int) -> str:
         encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         if len(encoding["input_ids"]) <= max_tokens:
             return text
-        prefix = text[: encoding["offset_mapping"][max_tokens][0]]
-        text = prefix.rpartition(" ")[0] if " " in prefix else prefix
+        end = encoding["offset_mapping"][max_tokens][0]
+        prefix, rest = text[:end], text[end:]
+        in_word = " " not in (prefix[-1:], rest[0])
+        text = (prefix.rpartition(" ")[0] or prefix if in_word else prefix).rstrip()
 
 
 def save(directory: Path, tokenizer: PreTrainedTokenizerFast) -> None:

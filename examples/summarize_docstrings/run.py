@@ -107,7 +107,7 @@ def _default_devices() -> int:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="A small Llama learns to summarise docstrings, by SFT and then by PPO.")
+    parser = argparse.ArgumentParser(description="A small Llama learns to summarise docstrings, by SFT and PPO.")
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="directory of the run")
     parser.add_argument("--devices", type=int, help="processes, which share each layer (default: 2, or the only GPU)")
     parser.add_argument("--seed", type=int, default=1234)

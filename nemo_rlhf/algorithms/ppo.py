@@ -36,6 +36,7 @@ from nemo_rlhf.ops.kl import next_kl_coef
 from nemo_rlhf.ops.scaling import ScoreStatistics
 from nemo_rlhf.parallel import checkpoint, state
 from nemo_rlhf.parallel.gpt import GPT
+from nemo_rlhf.parallel.optimizer import ModelOptimizer
 from nemo_rlhf.parallel.schedule import Microbatch
 from nemo_rlhf.rollout.collect import make_requests
 from nemo_rlhf.rollout.experience import Evaluation, build_experience
@@ -108,6 +109,9 @@ class PPO(Algorithm):
     def on_fit_start(self) -> None:
         if "critic" in self.config.ppo.offload:
             self.critic.weights_out()
+        if "optimizer" in self.config.ppo.offload:
+            for learner in self._learners():
+                learner.offload()
 
     # ---- one step, arrow by arrow
 
@@ -262,20 +266,25 @@ class PPO(Algorithm):
         away = "critic" in self.config.ppo.offload and self.critic.weights_are_out
         if away:
             self.critic.weights_back()
-        yield
-        if away:
-            self.critic.weights_out()
+        try:
+            yield
+        finally:
+            if away:
+                self.critic.weights_out()
 
     @contextmanager
     def _optimizers_on_device(self) -> Iterator[None]:
-        learners = [learner for model in (self.policy, self.critic) if (learner := model.learner) is not None]
-        for learner in learners:
-            if learner.is_offloaded:
-                learner.restore()
-        yield
-        if "optimizer" in self.config.ppo.offload:
-            for learner in learners:
+        away = [learner for learner in self._learners() if learner.is_offloaded]
+        for learner in away:
+            learner.restore()
+        try:
+            yield
+        finally:
+            for learner in away:
                 learner.offload()
+
+    def _learners(self) -> list[ModelOptimizer]:
+        return [learner for model in (self.policy, self.critic) if (learner := model.learner) is not None]
 
     # ---- what Algorithm asks for
 

@@ -7,12 +7,15 @@ without loading torch.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from nemo_rlhf.cli.launch import launch_if_needed
+from nemo_rlhf.cli.stop import heeded
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -79,18 +82,24 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    A ValueError or FileNotFoundError that this package raised is wrong input: its sentence goes to stderr. Every
-    other exception is a failure and keeps its traceback.
+    A ValueError or OSError that this package raised (without an error number) is wrong input, or something else that
+    only the user can mend, as is a full disk: one sentence goes to stderr. Every other exception is a failure and
+    keeps its traceback.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    warnings.formatwarning = lambda message, *where: f"nemo-rlhf: warning: {message}\n"
     try:
         options = _parse(arguments)
         run: Callable[[argparse.Namespace], int] = options.run
         return run(options)
-    except (ValueError, FileNotFoundError) as error:
-        if not _raised_by_us(error):
+    except (ValueError, OSError, RuntimeError) as error:
+        if _raised_by_us(error):
+            if not getattr(error, "cause_is_elsewhere", False):
+                _tell(str(error))
+        elif (file := _full_disk(error)) is not None:
+            _tell(f"no space left to write {file}: free some, and run again to go on from the last checkpoint.")
+        else:
             raise
-        _tell(error)
         return EXIT_WRONG_INPUT
 
 
@@ -172,9 +181,10 @@ def _ppo(options: argparse.Namespace) -> int:
 
     cfg = load("ppo", options.overrides, config_file=options.config)
     launch_if_needed(cfg.trainer.devices, cfg.trainer.num_nodes)
-    from nemo_rlhf.cli.run import run_ppo
+    with heeded():
+        from nemo_rlhf.cli.run import run_ppo
 
-    return run_ppo(cfg)
+        return run_ppo(cfg)
 
 
 def _sft(options: argparse.Namespace) -> int:
@@ -182,9 +192,10 @@ def _sft(options: argparse.Namespace) -> int:
 
     cfg = load("sft", options.overrides, config_file=options.config)
     launch_if_needed(cfg.trainer.devices, cfg.trainer.num_nodes)
-    from nemo_rlhf.cli.run import run_sft
+    with heeded():
+        from nemo_rlhf.cli.run import run_sft
 
-    return run_sft(cfg)
+        return run_sft(cfg)
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -218,7 +229,7 @@ def _convert(options: argparse.Namespace) -> int:
 
 def _raised_by_us(error: BaseException) -> bool:
     """Whether our own code raised ``error``: what a library raises is a failure whose traceback is needed."""
-    if isinstance(error, FileNotFoundError) and error.errno is not None:
+    if isinstance(error, RuntimeError) or (isinstance(error, OSError) and error.errno is not None):
         return False
     trace = error.__traceback__
     module = ""
@@ -228,12 +239,21 @@ def _raised_by_us(error: BaseException) -> bool:
     return module.split(".")[0] == "nemo_rlhf"
 
 
-def _tell(error: BaseException) -> None:
+def _full_disk(error: BaseException | None) -> str | None:
+    """The file that did not fit on its disk, if that is what led to ``error``."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return str(error.filename or "a file")
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _tell(sentence: str) -> None:
     """Print the sentence, as few times in the whole job as can be: every rank usually finds the same mistake."""
     rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
-    if _speaks(rank, str(error)):
+    if _speaks(rank, sentence):
         where = f" (rank {rank})" if rank else ""
-        print(f"nemo-rlhf: error{where}: {error}", file=sys.stderr, flush=True)
+        print(f"nemo-rlhf: error{where}: {sentence}", file=sys.stderr, flush=True)
 
 
 def _speaks(rank: int, sentence: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
 from nemo_rlhf.algorithms.base import Algorithm, stored_metrics
@@ -41,7 +41,7 @@ def newest_whole_checkpoint(run_dir: Path) -> Path | None:
         except ValueError as error:
             damaged = error
             if path != stored[0]:
-                rank_zero_warn(f"{error} The one before is used.")
+                warnings.warn(f"{error} The one before is used.", stacklevel=2)
             continue
         return path
     if stored:
@@ -146,8 +146,10 @@ class Progress(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._started = (pl_module.completed_steps, time.monotonic())
-        if trainer.is_global_zero and pl_module.metrics:
-            self._print(pl_module, "")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+        if trainer.is_global_zero and pl_module.completed_steps == 0 and pl_module.metrics:
+            self._print(pl_module, "")  # of the validation before training
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
         first, start = self._started

@@ -9,6 +9,7 @@ of its own. Programs that were started by torchrun or srun are left alone.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
@@ -211,10 +212,12 @@ def _signal(ranks: Sequence[subprocess.Popen[bytes]], number: int) -> None:
 
 
 def _kill(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
-    """End ranks that still run, and whatever each of them has started."""
+    """End ranks that still run, and whatever they or ranks that a signal has killed have started."""
     for rank in ranks:
-        if rank.poll() is None:
-            os.killpg(rank.pid, signal.SIGKILL)
+        code = rank.poll()
+        if code is None or code < 0:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(rank.pid, signal.SIGKILL)
             rank.wait()
 
 

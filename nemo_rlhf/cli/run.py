@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import warnings
@@ -12,6 +13,8 @@ from typing import Any
 # NeMo's telemetry is off by default and says so at import, on every rank
 for _name in ("nv_one_logger.api.config", "nv_one_logger.training_telemetry.api.training_telemetry_provider"):
     logging.getLogger(_name).setLevel(logging.ERROR)
+# and megatron-core, in every module, that it found no accelerators, which nothing here requires
+warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")
 
 import torch.distributed as dist
 from lightning.pytorch import Trainer
@@ -25,7 +28,15 @@ from nemo_rlhf.algorithms.evaluate import sample
 from nemo_rlhf.algorithms.ppo import PPO, PPOInputs
 from nemo_rlhf.algorithms.roles import open_role, open_tokenizer
 from nemo_rlhf.algorithms.sft import SFT
-from nemo_rlhf.cli.callbacks import Checkpoints, Progress, StopSignals, newest_whole_checkpoint, stored_checkpoints
+from nemo_rlhf.cli import stop
+from nemo_rlhf.cli.callbacks import (
+    Checkpoints,
+    Progress,
+    StopSignals,
+    newest_whole_checkpoint,
+    remove_unfinished,
+    stored_checkpoints,
+)
 from nemo_rlhf.cli.loggers import JsonlLogger
 from nemo_rlhf.cli.report import write_report
 from nemo_rlhf.config import dump
@@ -44,6 +55,7 @@ from nemo_rlhf.rollout.score import RewardFunction, load_reward_function
 
 EXIT_DONE, EXIT_STOPPED = 0, 75
 _NOISY = ("lightning.pytorch", "lightning.fabric", "megatron.core", "torch.distributed")
+_clean = False  # whether what this process last began has ended well
 
 
 def run_ppo(
@@ -124,8 +136,7 @@ def run_generate(config: GenerateConfig) -> int:
                 }
                 file.write(json.dumps(record, default=str) + "\n")
         partial.replace(out)
-    dist.barrier()
-    return EXIT_DONE
+    return _end(EXIT_DONE)
 
 
 def result_of(run_dir: Path) -> tuple[Metrics, Path]:
@@ -134,7 +145,17 @@ def result_of(run_dir: Path) -> tuple[Metrics, Path]:
     return stored_metrics(last)[1], last
 
 
+def _leave() -> None:
+    """Part with the other ranks at the end of the process; after a failure they may no longer answer."""
+    if _clean and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def _begin(model: BaseModelConfig, trainer: HardwareConfig, seed: int) -> None:
+    global _clean
+    _clean = False
+    atexit.unregister(_leave)
+    atexit.register(_leave)
     state.set_environment_for_one_process()
     state.initialize(
         model.tensor_model_parallel_size, model.pipeline_model_parallel_size, seed, timeout_s=trainer.timeout_s
@@ -142,6 +163,8 @@ def _begin(model: BaseModelConfig, trainer: HardwareConfig, seed: int) -> None:
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
     nemo_logging.setLevel(nemo_logging.ERROR)
+    nemo_logging.captureWarnings(False)  # it would hold back ours as well
+    warnings.filterwarnings("ignore", module=r"(lightning|megatron|nemo|torch)\b")  # their own business
     if dist.get_rank():
         warnings.simplefilter("ignore")  # rank 0 says it for all
 
@@ -154,9 +177,9 @@ def _fit(algorithm: Algorithm, config: PPOConfig | SFTConfig) -> int:
             f"choose another exp_manager.explicit_log_dir."
         )
     metrics = JsonlLogger(run_dir)
-    stop = StopSignals()
-    checkpoints = Checkpoints(run_dir, config.exp_manager.checkpoint_callback_params, stop)
-    callbacks: Sequence[Any] = [stop, checkpoints, *([Progress()] if config.trainer.enable_progress_bar else [])]
+    stopping = StopSignals()
+    checkpoints = Checkpoints(run_dir, config.exp_manager.checkpoint_callback_params, stopping)
+    callbacks: Sequence[Any] = [stopping, checkpoints, *([Progress()] if config.trainer.enable_progress_bar else [])]
     trainer = Trainer(
         accelerator="gpu" if device.is_cuda() else "cpu",
         devices=config.trainer.devices,
@@ -177,10 +200,11 @@ def _fit(algorithm: Algorithm, config: PPOConfig | SFTConfig) -> int:
         trainer,
         OmegaConf.create(
             {
-                "explicit_log_dir": str(run_dir),
+                # a directory of its own: at every start it moves the files of the one before into logs/run_N
+                "explicit_log_dir": str(run_dir / "logs"),
                 "create_checkpoint_callback": False,  # NeMo's reads steps from file names and cannot skip a damaged one
                 "create_tensorboard_logger": config.exp_manager.create_tensorboard_logger,
-                "summary_writer_kwargs": {"sub_dir": "tensorboard"},
+                "summary_writer_kwargs": {"sub_dir": "../tensorboard"},
                 "create_wandb_logger": config.exp_manager.create_wandb_logger,
                 "wandb_logger_kwargs": config.exp_manager.wandb_logger_kwargs,
                 "log_step_timing": False,
@@ -190,12 +214,21 @@ def _fit(algorithm: Algorithm, config: PPOConfig | SFTConfig) -> int:
     )
     trainer.loggers = [metrics, *trainer.loggers]
     resume = newest_whole_checkpoint(run_dir) if config.exp_manager.resume_if_exists else None
+    remove_unfinished(run_dir)
     metrics.rewind(int(resume.name.removeprefix("step_")) if resume else -1)
     if dist.get_rank() == 0:
         (run_dir / "config.yaml").write_text(dump(config))
-    trainer.fit(algorithm, ckpt_path=resume)
+    with stop.heeded():
+        trainer.fit(algorithm, ckpt_path=resume)
     if dist.get_rank() == 0 and metrics.path.exists():
         write_report(run_dir)
+    stopped = stopping.requested and algorithm.completed_steps < algorithm.max_steps
+    return _end(EXIT_STOPPED if stopped else EXIT_DONE)
+
+
+def _end(code: int) -> int:
+    """All ranks end together."""
+    global _clean
     dist.barrier()
-    stopped = stop.requested and algorithm.completed_steps < algorithm.max_steps
-    return EXIT_STOPPED if stopped else EXIT_DONE
+    _clean = True
+    return code

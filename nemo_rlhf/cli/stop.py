@@ -11,6 +11,7 @@ from typing import Any
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 _noted = False
+_depth = 0  # heeded() within heeded(): what came before is not forgotten
 
 
 def noted() -> bool:
@@ -28,13 +29,16 @@ def listen() -> None:
 @contextmanager
 def heeded() -> Iterator[None]:
     """Inside, SIGTERM and SIGUSR1 do not end the process but are noted."""
-    global _noted
+    global _depth, _noted
+    _depth += 1
     previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     listen()
     try:
         yield
     finally:
-        _noted = False
+        _depth -= 1
+        if not _depth:
+            _noted = False
         if threading.current_thread() is threading.main_thread():
             for number, handler in previous.items():
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)

@@ -127,6 +127,9 @@ def _patch_cuda() -> None:
     cuda: Any = torch.cuda
     cuda.current_device = _constant(_CPU)
     cuda.device_count = _constant(1)
+    # torch's Adam looks for a CUDA graph under capture, where torch was built with CUDA
+    cuda.is_current_stream_capturing = _constant(False)
+    torch.optim.Optimizer._accelerator_graph_capture_health_check = _constant(None)  # type: ignore[method-assign]
     for name in ("synchronize", "set_device", "empty_cache", "reset_peak_memory_stats"):
         setattr(cuda, name, _constant(None))
     for name in ("current_stream", "default_stream", "stream"):

@@ -63,6 +63,16 @@ def _mend_torch_adam() -> None:
     DistributedOptimizer._torch_adam_mended = True
 
 
+def _mend_order(optimizer: DistributedOptimizer) -> None:
+    """megatron-core 0.16.1 puts the fp32 parameters of a group before its 16-bit ones, but looks their state up by the
+    order of the gradient buffers: a bf16 model with an fp32 head would save and load one parameter's state as another's.
+    """
+    groups = zip(optimizer.model_fp32_groups, optimizer.model_float16_groups, strict=True)
+    for number, (full, half) in enumerate(groups):
+        for place, parameter in enumerate([*full, *half]):
+            optimizer.model_param_group_index_map[parameter] = (number, place)
+
+
 class ModelOptimizer:
     """AdamW on one model, its gradients and states sharded over the data-parallel ranks.
 
@@ -101,6 +111,9 @@ class ModelOptimizer:
             ),
             [self.ddp],
         )
+        for part in self.optimizer.chained_optimizers:
+            if not part.is_stub_optimizer:
+                _mend_order(part)
         warmup = config.sched.warmup_steps
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
@@ -147,7 +160,9 @@ class ModelOptimizer:
         return self.optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
 
     def load_state_dict(self, loaded: dict[str, Any]) -> None:
+        assert not self.is_offloaded
         self.optimizer.load_state_dict(loaded)
+        self._offload = None  # the moments are other tensors now
 
     @property
     def is_offloaded(self) -> bool:

@@ -55,6 +55,14 @@ class MegatronStrategy(DDPStrategy):
     def model_to_device(self) -> None:
         """The parts were built on their device."""
 
+    def teardown(self) -> None:
+        # not the parent's: it would move every weight to the CPU, those that are offloaded too
+        assert self.accelerator is not None and self.cluster_environment is not None
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+        self.checkpoint_io.teardown()
+
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         return {"num_replicas": state.dp_size(), "rank": state.dp_rank()}

@@ -1,0 +1,123 @@
+"""What several test modules need: a tiny model's directory, data for it, and the means to run jobs of real processes."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz ."
+REWARDS = "tests.workers.rewards"
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """Files of a model with a token a letter that a test can train in a second or two."""
+
+    root: Path
+    hf: Path  # config and tokenizer, no weights
+    prompts: Path
+    train: Path
+
+    def ppo(self, run_dir: Path, *overrides: str) -> list[str]:
+        """Arguments of ``nemo-rlhf`` for a small PPO run with everything switched on; ``overrides`` come last."""
+        return [
+            "ppo",
+            f"model.restore_from={self.hf}",
+            "model.init=random",
+            f"data.prompts={self.prompts}",
+            f"data.validation_prompts={self.prompts}",
+            f"reward.function={REWARDS}:count_a",
+            f"exp_manager.explicit_log_dir={run_dir}",
+            "exp_manager.create_tensorboard_logger=false",
+            "exp_manager.checkpoint_callback_params.every_n_train_steps=100",
+            "exp_manager.checkpoint_callback_params.save_best=false",
+            "trainer.max_steps=3",
+            "trainer.val_check_interval=1",
+            "ppo.num_prompts=8",
+            "ppo.samples_per_prompt=2",
+            "ppo.epochs=2",
+            "ppo.kl.target=0.05",
+            "ppo.kl.horizon=100",
+            "ppo.entropy_coef=0.01",
+            "ppo.reward_scaling=running",
+            "model.global_batch_size=8",
+            "model.micro_batch_size=2",
+            "model.optim.lr=1e-3",
+            "model.optim.sched.name=cosine",
+            "model.optim.sched.warmup_steps=2",
+            "model.critic.optim.lr=1e-3",
+            "generation.max_new_tokens=8",
+            "generation.num_slots=8",
+            "generation.temperature=[0.9,1.2]",
+            *overrides,
+        ]
+
+    def sft(self, run_dir: Path, *overrides: str) -> list[str]:
+        """The same for SFT."""
+        return [
+            "sft",
+            f"model.restore_from={self.hf}",
+            "model.init=random",
+            f"data.train={self.train}",
+            f"data.validation={self.train}",
+            f"exp_manager.explicit_log_dir={run_dir}",
+            "exp_manager.create_tensorboard_logger=false",
+            "exp_manager.checkpoint_callback_params.every_n_train_steps=100",
+            "exp_manager.checkpoint_callback_params.save_best=false",
+            "trainer.max_steps=4",
+            "trainer.val_check_interval=2",
+            "model.global_batch_size=8",
+            "model.micro_batch_size=2",
+            "model.optim.lr=3e-3",
+            "model.optim.sched.name=linear",
+            *overrides,
+        ]
+
+
+def write_tokenizer(directory: Path, letters: str = LETTERS) -> int:
+    """A tokenizer with a token a letter; returns the number of its tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", *letters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(directory)
+    return len(vocabulary)
+
+
+def write_model_config(directory: Path, vocab_size: int, **changes: int) -> None:
+    """``config.json`` of a Llama with two layers."""
+    from transformers import LlamaConfig
+
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        **changes,
+    }
+    config = LlamaConfig(vocab_size=vocab_size, eos_token_id=1, pad_token_id=0, tie_word_embeddings=False, **sizes)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(directory)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    root = tmp_path_factory.mktemp("tiny")
+    made = Tiny(root, root / "hf", root / "prompts.jsonl", root / "train.jsonl")
+    write_model_config(made.hf, write_tokenizer(made.hf))
+    draw = random.Random(0)
+    words = ["".join(draw.choice(LETTERS[:26]) for _ in range(draw.randint(1, 7))) for _ in range(13)]
+    prompts = [{"prompt": f"{word} ", "letter": word[0]} for word in words]
+    made.prompts.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    texts = [{"prompt": f"{word} ", "response": word[::-1]} for word in words]
+    made.train.write_text("".join(json.dumps(text) + "\n" for text in texts))
+    return made

@@ -1,0 +1,128 @@
+"""Whole runs of the console program, several in one process: what costs time is importing, not running."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+import signal
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+
+def runs(payload: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Run each of ``payload`` on all ranks, one after the other.
+
+    Keys of a run: ``arguments`` of nemo-rlhf; ``stop_in_step``: the step (from 1) in which this process gets SIGUSR1;
+    ``nan_in_step``: the step whose policy loss is made NaN; ``copy``: a pair (from, to) of directories to copy before;
+    ``damage``: a file to flip a byte of before; ``env``: variables. Returns for each ``code``, ``stderr``, ``seconds``
+    and, where a run ended in an exception that the program does not expect, ``traceback``.
+    """
+    return [_run(**each) for each in payload]
+
+
+def _run(
+    arguments: list[str],
+    stop_in_step: int | None = None,
+    nan_in_step: int | None = None,
+    copy: tuple[str, str] | None = None,
+    damage: str | None = None,
+    env: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    from nemo_rlhf.cli import main
+
+    if os.environ["RANK"] == "0":
+        if copy is not None:
+            shutil.copytree(*copy, symlinks=True)
+        if damage is not None:
+            flip_a_byte(Path(damage))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    heard = io.StringIO()
+    result: dict[str, Any] = {"code": None}
+    start = time.monotonic()
+    if arguments[0] != "convert":
+        arguments = [*arguments, f"trainer.devices={os.environ['WORLD_SIZE']}"]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stderr(heard))
+        stack.enter_context(mock.patch.dict(os.environ, env or {}))
+        if stop_in_step is not None:
+            stack.enter_context(_signal_in(stop_in_step))
+        if nan_in_step is not None:
+            stack.enter_context(_nan_in(nan_in_step, result))
+        try:
+            result["code"] = main(arguments)
+        except Exception:
+            result["traceback"] = traceback.format_exc()
+    return {**result, "stderr": heard.getvalue(), "seconds": time.monotonic() - start}
+
+
+def flip_a_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@contextlib.contextmanager
+def _signal_in(step: int) -> Iterator[None]:
+    """A signal while step ``step`` is under way, on one rank only: the others must learn of it."""
+    from nemo_rlhf.algorithms.ppo import PPO
+    from nemo_rlhf.algorithms.sft import SFT
+
+    with contextlib.ExitStack() as stack:
+        for kind in (PPO, SFT):
+            stack.enter_context(mock.patch.object(kind, "run_step", _signalling(kind.run_step, step)))
+        yield
+
+
+def _signalling(original: Any, step: int) -> Any:
+    def run_step(self: Any, number: int) -> Any:
+        if number + 1 == step and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return original(self, number)
+
+    return run_step
+
+
+@contextlib.contextmanager
+def _nan_in(step: int, result: dict[str, Any]) -> Iterator[None]:
+    """The policy's loss is NaN in ``step``; ``result`` tells whether its weights changed in that update."""
+    from nemo_rlhf.algorithms import ppo
+
+    original_loss, original_learn = ppo.policy_loss, ppo.PolicyModel.learn
+    at = {"step": 0}
+
+    def loss(*arguments: Any, **keywords: Any) -> Any:
+        value, logged = original_loss(*arguments, **keywords)
+        if at["step"] == step:
+            value = value * float("nan")
+            logged = {**logged, "loss/policy": logged["loss/policy"] * float("nan")}
+        return value, logged
+
+    def learn(self: Any, *arguments: Any) -> Any:
+        before = [parameter.detach().clone() for parameter in self.gpt.parameters()]
+        try:
+            return original_learn(self, *arguments)
+        except ValueError:
+            result["weights_kept"] = all(
+                torch.equal(a, b) for a, b in zip(before, self.gpt.parameters(), strict=True)
+            )
+            raise
+
+    def run_step(self: Any, number: int, original: Any = ppo.PPO.run_step) -> Any:
+        at["step"] = number + 1
+        return original(self, number)
+
+    with (
+        mock.patch.object(ppo, "policy_loss", loss),
+        mock.patch.object(ppo.PolicyModel, "learn", learn),
+        mock.patch.object(ppo.PPO, "run_step", run_step),
+    ):
+        yield
