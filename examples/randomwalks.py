@@ -4,8 +4,8 @@
 
 A graph of 21 nodes, named a to u, has random edges; node a is the goal. The model first learns 1000 random walks of at
 most 10 nodes by heart (SFT), which reach the goal late or never, and then, with PPO, to get there as fast as the graph
-allows. A walk's optimality is ``(10 - length) / (10 - shortest)``: 1 for the shortest way, 0 for one that takes 10 nodes,
-uses an edge that is not there, or never arrives. Everything runs on a CPU in a few minutes.
+allows. A walk's optimality is ``(10 - length) / (10 - shortest)``: 1 for the shortest way, 0 for one that takes 10
+nodes, uses an edge that is not there, or never arrives. Everything runs on a CPU in a few minutes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import math
 from collections import deque
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ GOAL = 0
 
 @dataclass(frozen=True)
 class Task:
-    """``edges[i, j]``: there is an edge from i to j. ``shortest[i]``: nodes on the shortest way from i to the goal, both
-    included, inf where there is none. ``walks``: strings of node names."""
+    """``edges[i, j]``: there is an edge from i to j. ``shortest[i]``: nodes on the shortest way from i to the goal,
+    both included, inf where there is none. ``walks``: strings of node names."""
 
     edges: np.ndarray
     shortest: tuple[float, ...]
@@ -83,7 +84,7 @@ def _optimality(task: Task, walk: list[int]) -> float:
         return 0.0
     length = walk.index(GOAL) + 1
     way = walk[:length]
-    if min(way) < 0 or not all(task.edges[here, there] for here, there in zip(way, way[1:], strict=False)):
+    if min(way) < 0 or not all(task.edges[here, there] for here, there in pairwise(way)):
         return 0.0
     return (MAX_LENGTH - min(length, MAX_LENGTH)) / (MAX_LENGTH - task.shortest[walk[0]])
 

@@ -212,6 +212,19 @@ def test_reward_function_takes_references_from_metadata():
     assert rewards[0] == pytest.approx(0.8) and rewards[1] == 0.0
 
 
+def test_token_rewards_sum_to_rouge_l(tokenizer):
+    texts = [" Return the list of names.", " names", ""]
+    ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
+    references = ["Return a list of names."] * 3
+    blank = [""] * 3
+    rewards = reward.reward_fn(blank, blank, texts, tokenizer, reference=references, output_ids=ids)
+    assert [len(row) for row in rewards] == [len(row) for row in ids]
+    assert [sum(row) for row in rewards] == pytest.approx([reward.rouge_l(text, references[0]) for text in texts])
+    assert rewards[0][-1] == 0.0  # EOS
+    words = tokenizer.convert_ids_to_tokens(ids[0])
+    assert rewards[0][next(i for i, word in enumerate(words) if "the" in word)] < 0 < max(rewards[0])
+
+
 # ---- random walks
 
 

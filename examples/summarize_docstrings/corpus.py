@@ -49,8 +49,8 @@ _SKIPPED_DIRECTORIES = {"site-packages", "dist-packages", "idlelib", "lib2to3", 
 _STOP_WORDS = frozenset(
     re.findall(
         r"\w+",
-        "a an and are as at be by for from get given has have if in into is it its not of on or return returns set that "
-        "the this to used using when which will with you",
+        "a an and are as at be by for from get given has have if in into is it its not of on or return returns set "
+        "that the this to used using when which will with you",
     )
 )
 

@@ -95,8 +95,16 @@ def _run(scheduler: Scheduler, stage: _Stage) -> None:
         for group in range(len(under_way)):
             if (pending := under_way[group]) is not None:
                 work, tokens = pending
-                stage.move(group, scheduler.record(group, work, tokens.get()))
                 under_way[group] = None
+                try:
+                    moves = scheduler.record(group, work, tokens.get())
+                except ValueError:
+                    # every stage stops here: let arrive what is on its way, or a slower one would wait for ever
+                    for other in filter(None, under_way):
+                        other[1].get()
+                    stage.finish()
+                    raise
+                stage.move(group, moves)
             if scheduler.finished:
                 stage.finish()
                 return

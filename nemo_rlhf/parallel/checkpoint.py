@@ -29,6 +29,11 @@ from nemo_rlhf.parallel.gpt import GPT
 MANIFEST = "manifest.json"
 WEIGHTS = "weights"
 PARTIAL = ".partial"
+# What gives the weights their shapes and their meaning.
+_SHAPING = (
+    "family num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels vocab_size "
+    "tie_embeddings"
+).split()
 
 
 class SaveError(OSError):
@@ -78,6 +83,18 @@ def save_model(model: GPT, directory: Path) -> None:
     save_tensors(_model_state(model), weights)
 
 
+def _check_architecture(ours: Architecture, directory: Path) -> None:
+    # megatron itself takes a vocabulary of any size, because its padding depends on the cut
+    stored = Architecture.load(directory)
+    for name in _SHAPING:
+        here, there = getattr(ours, name), getattr(stored, name)
+        if here != there:
+            raise ValueError(
+                f"{directory} belongs to another architecture: its {name} is {there} and this model's is {here}; name a "
+                f"checkpoint of this model."
+            )
+
+
 def load_model(model: GPT, directory: Path, missing: Collection[str] = ()) -> None:
     """Fill ``model`` with the weights of a Megatron checkpoint, whatever the cut that wrote it.
 
@@ -85,9 +102,10 @@ def load_model(model: GPT, directory: Path, missing: Collection[str] = ()) -> No
         missing: parameter names that the checkpoint lacks (a new head); they are left as they are.
 
     Raises:
-        ValueError: any other parameter is missing, or a shape differs.
+        ValueError: the checkpoint is of another architecture, or any other parameter is missing.
     """
     weights = Path(directory) / WEIGHTS
+    _check_architecture(model.architecture, Path(directory))
     wanted = {name: value for name, value in _model_state(model).items() if name not in missing}
     loaded = load_tensors(wanted, weights, strict="assume_ok_unexpected")
     incompatible = model.load_state_dict(loaded, strict=False)

@@ -64,12 +64,17 @@ class Job:
 
 def run_jobs(jobs: Sequence[Job]) -> dict[str, Any]:
     results = {}
+    import time
+    spent = {}
     for job in jobs:
+        start = time.process_time()
         state.initialize(job.cut.tp, job.cut.pp, SEED)
         try:
             results[job.name] = globals()[job.function](cut=job.cut, **job.arguments)
         except Exception as error:
             raise AssertionError(f"job {job.name} failed") from error
+        spent[job.name] = time.process_time() - start
+    print(sorted(spent.items(), key=lambda x:-x[1])[:12], sum(spent.values()), file=open(f"/tmp/t1_spent_{dist.get_world_size()}_{dist.get_rank()}","w"))
     return results
 
 
@@ -406,14 +411,14 @@ def message(action: Callable[[], Any], kind: type[Exception] = ValueError) -> st
     raise AssertionError(f"no {kind.__name__} was raised")
 
 
-def refusals(cut: Cut, directory: Path, changes: dict[str, dict[str, Any]], target: Path) -> dict[str, str]:
+def refusals(cut: Cut, directory: Path, changes: dict[str, Any], target: Path) -> dict[str, str]:
     """Sentences with which models of other architectures refuse the checkpoint at ``target``."""
     from dataclasses import replace
 
     stored = Architecture.load(target / "model")
     said = {}
     for name, change in changes.items():
-        model = fresh("policy", cut, replace(stored, **change))
+        model = fresh("policy", cut, replace(stored, **{name: change}))
         said[name] = message(lambda model=model: checkpoint.load_model(model.gpt, target / "model"))
     critic = open_model("critic", cut, directory)
     critic.make_trainable(OPTIM, TOTAL_STEPS)
