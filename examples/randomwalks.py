@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections import deque
 from dataclasses import dataclass
 from itertools import pairwise
@@ -189,7 +190,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="PPO iterations, of 4 updates each")
     options = parser.parse_args()
     metrics = train(options.out, options.tp, options.seed, options.steps)
-    print(f"optimality {metrics['val/optimality']:.3f} after {options.steps} iterations")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"optimality {metrics['val/optimality']:.3f} after {options.steps} iterations")
 
 
 if __name__ == "__main__":

@@ -65,14 +65,14 @@ class Job:
                 return process
         raise AssertionError(f"there is no rank {number}")
 
-    def wait_until(self, reached: Callable[[], Any], timeout_s: float = 90.0, interval_s: float = 0.005) -> None:
+    def wait_until(self, reached: Callable[[], Any], timeout_s: float = 240.0, interval_s: float = 0.005) -> None:
         deadline = time.monotonic() + timeout_s
         while not reached():
             assert self.process.poll() is None, f"ended with {self.process.returncode} too early:\n{self.stderr}"
             assert time.monotonic() < deadline, f"was not reached in {timeout_s} s:\n{self.stderr}"
             time.sleep(interval_s)
 
-    def wait(self, timeout_s: float = 90.0) -> int:
+    def wait(self, timeout_s: float = 240.0) -> int:
         """The exit code; whatever is left of the job after it, or after the time, is an error and is killed."""
         try:
             code = self.process.wait(timeout_s)

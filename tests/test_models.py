@@ -359,9 +359,10 @@ def test_references_never_move(one: dict[str, Any], two: list[dict[str, Any]]) -
     plain = one["TP1/policy/tied/2"]["steps"]
     for name, result in {"TP1": one["references"], "TP2": two[0]["references/TP2"], "DP2": two[1]["references/DP2"]}.items():
         assert result["policy_moved"] > 0.01, "the policy has to move for its reference to stay behind"
-        for said in result["said"]:
+        for updates, said in zip((0, 2, 3), result["said"], strict=True):
             for kind, logprobs in said.items():
-                assert torch.equal(logprobs, result["policy"]), f"{name}: {kind} is not the policy's start"
+                moved = (logprobs - result["policy"]).abs()
+                assert not moved.any(), f"{name}: {kind} moved by {moved.max():.1e} in {updates} updates"
         assert result["policy_kept"], f"{name}: asking the reference changed the policy"
         assert_same_steps(result["steps"], plain)
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from tests.conftest import Tiny
-from tests.jobs import metrics_of, rollouts_of
+from tests.conftest import REWARDS, Tiny
+from tests.jobs import Job, error_lines, metrics_of, rollouts_of
 from tests.spawn import run_distributed
 
 WORKER = "tests.workers.run_worker:runs"
@@ -18,7 +23,9 @@ TP2 = ("model.tensor_model_parallel_size=2", "model.sequence_parallel=true")
 PP2 = ("model.pipeline_model_parallel_size=2",)
 SIX = "trainer.max_steps=6"
 OFFLOAD = "ppo.offload=[optimizer,critic,reference]"
-KEEP = "exp_manager.checkpoint_callback_params"
+CHECKPOINTS = "exp_manager.checkpoint_callback_params"
+EVERY_STEP = f"{CHECKPOINTS}.every_n_train_steps=1"
+CONSTANT = "model.optim.sched.name=constant"  # so that a run may be made longer
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +86,16 @@ def one_rank(tiny: Tiny, place: Path, two_ranks: list[dict[str, Any]]) -> list[d
         {"arguments": tiny.sft(place / "sft")},
         {"arguments": tiny.sft(place / "sft_resumed"), "stop_in_step": 2},
         {"arguments": tiny.sft(place / "sft_resumed")},
+        ppo("kept", CONSTANT, EVERY_STEP, f"{CHECKPOINTS}.save_best=true", "trainer.max_steps=5"),
+        ppo(
+            "damaged",
+            CONSTANT,
+            EVERY_STEP,
+            copy=(str(place / "kept"), str(place / "damaged")),
+            damage=str(place / "damaged/checkpoints/step_5/policy/weights/__0_0.distcp"),
+        ),
+        ppo("nan", CONSTANT, EVERY_STEP, nan_in_step=2),
+        ppo("nan", CONSTANT, EVERY_STEP),
     ]
     return run(1, payload)
 
@@ -97,7 +114,7 @@ def assert_close(found: list[dict[str, Any]], expected: list[dict[str, Any]]) ->
 
 
 def test_metrics_are_those_that_the_configuration_asks_for(place: Path, one_rank: list[dict[str, Any]]) -> None:
-    assert [one["code"] for one in one_rank] == [0, 0, 0, 0, 0, 0, 75, 0, 0, 0, 75, 0]
+    assert [one["code"] for one in one_rank] == [0, 0, 0, 0, 0, 0, 75, 0, 0, 0, 75, 0, 0, 0, 2, 0]
     rows = [json.loads(line) for line in (place / "tp1" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(7))
     sweep = {f"val/{name}@temperature={value}" for name in ("reward", "response_length") for value in ("0.9", "1.2")}
@@ -168,3 +185,125 @@ def test_resuming_sft_changes_no_bit(place: Path, one_rank: list[dict[str, Any]]
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     assert rows[-1]["val/loss"] < rows[0]["val/loss"]
     assert metrics_of(place / "sft_resumed") == rows
+
+
+def test_the_last_and_the_best_are_kept(place: Path, one_rank: list[dict[str, Any]]) -> None:
+    rows = metrics_of(place / "kept")
+    best = max(rows[1:], key=lambda row: (row["val/reward"], row["step"]))["step"]
+    directory = place / "kept" / "checkpoints"
+    stored = {path.name for path in directory.iterdir()}
+    assert stored == {"step_4", "step_5", f"step_{best}", "best"}
+    assert (directory / "best").readlink() == Path(f"step_{best}")
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(place: Path, one_rank: list[dict[str, Any]]) -> None:
+    (warning,) = [line for line in one_rank[13]["stderr"].splitlines() if line.startswith("nemo-rlhf: warning")]
+    assert "damaged/checkpoints/step_5 is damaged" in warning
+    assert "policy/weights/__0_0.distcp" in warning and "The one before is used." in warning
+    rows = metrics_of(place / "damaged")
+    assert [row["step"] for row in rows] == list(range(7))
+    assert rows[:6] == metrics_of(place / "kept"), "step 5 was done again, to the same bit"
+
+
+def test_a_nan_loss_is_not_applied(place: Path, one_rank: list[dict[str, Any]]) -> None:
+    (line,) = error_lines(one_rank[14]["stderr"])
+    assert "loss/policy is NaN in step 2: the update was not applied" in line
+    assert "bad_batch_step_2.pt" in line
+    assert one_rank[14]["weights_kept"]
+    batch = torch.load(place / "nan" / "bad_batch_step_2.pt", weights_only=True)
+    assert batch["role"] == "policy"
+    assert batch["tokens"].shape[0] == 8 and batch["advantages"].shape == batch["tokens"].shape
+    assert [row["step"] for row in metrics_of(place / "nan")] == list(range(7)), "it went on from step 1"
+
+
+def catches(process: Any, number: signal.Signals) -> bool:
+    """Whether the process has a handler for the signal."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+def test_a_job_survives_kills_and_signals(tiny: Tiny, place: Path, two_ranks: list[dict[str, Any]]) -> None:
+    """Five starts of one command; the result is that of the run nobody disturbed."""
+    run_dir, hold = place / "disturbed", place / "hold"
+    checkpoints, reached = run_dir / "checkpoints", hold.with_suffix(".reached")
+    arguments = tiny.ppo(
+        run_dir, *TP2, SIX, EVERY_STEP, "trainer.devices=2", f"reward.function={REWARDS}:held"
+    )
+
+    def start() -> Job:
+        return Job(arguments, place, REWARD_HOLD=str(hold))
+
+    def newest() -> int:
+        return max((int(path.name.removeprefix("step_")) for path in checkpoints.glob("step_*[0-9]")), default=0)
+
+    job = start()  # killed in the middle of a step
+    job.wait_until(lambda: newest() == 1)
+    hold.touch()
+    job.wait_until(reached.exists)
+    job.rank(1).kill()
+    assert job.wait() == 128 + signal.SIGKILL, job.stderr
+    assert "nemo-rlhf: rank 1 was killed by SIGKILL" in job.stderr
+    hold.unlink()
+    reached.unlink()
+
+    before = newest()
+    job = start()  # killed in the middle of saving
+    job.wait_until((checkpoints / f"step_{before + 1}.partial" / "policy" / "weights").exists, interval_s=0.001)
+    job.rank(0).kill()
+    assert job.wait() == 128 + signal.SIGKILL, job.stderr
+    assert "nemo-rlhf: rank 0 was killed by SIGKILL" in job.stderr
+    assert newest() == before, "what was half written must not be taken for a checkpoint"
+
+    hold.touch()
+    job = start()  # told to stop in the middle of a step
+    job.wait_until(reached.exists)
+    job.process.send_signal(signal.SIGTERM)
+    hold.unlink()
+    assert job.wait() == 75, job.stderr
+    assert newest() == before + 1
+
+    job = start()  # told to stop before there is a step
+    job.wait_until(lambda: all(catches(job.rank(number), signal.SIGUSR1) for number in (0, 1)))
+    job.process.send_signal(signal.SIGUSR1)
+    assert job.wait() == 75, job.stderr
+    assert newest() == before + 2
+
+    job = start()
+    assert job.wait() == 0, job.stderr
+    assert job.stdout == "" and error_lines(job.stderr) == []
+    assert metrics_of(run_dir) == metrics_of(place / "tp2")
+    assert rollouts_of(run_dir) == rollouts_of(place / "tp2")
+    assert list(checkpoints.glob("*.partial")) == []
+    assert {path.name for path in run_dir.iterdir()} == {
+        "checkpoints", "config.yaml", "logs", "metrics.jsonl", "report.html", "rollouts",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A directory that holds 3 MiB."""
+    disk = tmp_path / "run" / "checkpoints"
+    disk.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("cannot mount a file system here")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_full_disk_spares_the_checkpoint_before(tiny: Tiny, small_disk: Path, tmp_path: Path) -> None:
+    arguments = tiny.ppo(
+        small_disk.parent, *TP2, EVERY_STEP, "trainer.devices=2", f"reward.function={REWARDS}:filling"
+    )
+    job = Job(arguments, tmp_path, REWARD_FILLS=str(small_disk))
+    assert job.wait() == 2, job.stderr
+    (line,) = error_lines(job.stderr)
+    assert "checkpoints/step_2 could not be written" in line and "No space left on device" in line
+    assert "Traceback" not in job.stderr
+    assert {path.name for path in small_disk.iterdir()} == {"step_1", "filler"}
+    (small_disk / "filler").unlink()
+    job = Job(arguments, tmp_path, REWARD_FILLS=str(small_disk))
+    assert job.wait() == 0, job.stderr
+    assert "warning" not in job.stderr
+    assert [row["step"] for row in metrics_of(small_disk.parent)] == [0, 1, 2, 3]

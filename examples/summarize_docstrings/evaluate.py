@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from summarize_docstrings.corpus import PROMPT_SUFFIX
 from summarize_docstrings.reward import rouge_l
@@ -57,6 +58,7 @@ def compare(
 ) -> dict[str, float]:
     """Print the table and the examples. Returns ROUGE-L ``before`` and ``after`` and the relative ``rise``."""
     console = console or Console()
+    transformers_logging.disable_progress_bar()
     records = read_jsonl(heldout)
     prompts = [record["prompt"] for record in records]
     references = [record["reference"] for record in records]

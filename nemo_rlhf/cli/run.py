@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -215,9 +216,12 @@ def _fit(algorithm: Algorithm, config: PPOConfig | SFTConfig) -> int:
     trainer.loggers = [metrics, *trainer.loggers]
     resume = newest_whole_checkpoint(run_dir) if config.exp_manager.resume_if_exists else None
     remove_unfinished(run_dir)
-    metrics.rewind(int(resume.name.removeprefix("step_")) if resume else -1)
+    done = int(resume.name.removeprefix("step_")) if resume else -1
+    metrics.rewind(done)
     if dist.get_rank() == 0:
         (run_dir / "config.yaml").write_text(dump(config))
+        if done >= algorithm.max_steps:
+            print(f"nemo-rlhf: {run_dir} has all {done} steps; raise trainer.max_steps to go on.", file=sys.stderr)
     with stop.heeded():
         trainer.fit(algorithm, ckpt_path=resume)
     if dist.get_rank() == 0 and metrics.path.exists():

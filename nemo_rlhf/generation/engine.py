@@ -65,7 +65,7 @@ class Engine:
         Raises:
             ValueError: a prompt is empty or does not fit with its response, or the model's logits are NaN.
         """
-        self._check(requests, sampling)
+        self.check(requests, sampling)
         if not requests:
             return ()
         scheduler = Scheduler(requests, Ending(self._tokenizer, sampling), self._num_slots, state.pp_size())
@@ -75,7 +75,8 @@ class Engine:
             _run(scheduler, _Stage(self._model, sampling, scheduler.group_sizes, length))
         return scheduler.samples()
 
-    def _check(self, requests: Sequence[Request], sampling: SamplingParams) -> None:
+    def check(self, requests: Sequence[Request], sampling: SamplingParams) -> None:
+        """Raises ValueError when a prompt is empty or does not fit with its response."""
         for request in requests:
             length = len(request.prompt.token_ids)
             if not length:

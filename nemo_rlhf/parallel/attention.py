@@ -22,6 +22,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from nemo_rlhf.parallel.elementwise import rotate
+
 
 class KVCache(BaseInferenceContext):
     """Keys (rotated) and values of ``num_slots`` sequences, one pair of tensors a layer, allocated at first use.
@@ -77,13 +79,11 @@ class KVCache(BaseInferenceContext):
                 tensor[targets] = tensor[sources]
 
     def rotation(self, angles: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines [S or 1, 1 or n, 1, channels] of this pass, from all ``angles`` [max length, 1, 1,
-        channels]; computed by the first layer for all."""
+        """Cosines and sines of this pass for ``rotate``, from all ``angles`` [max length, 1, 1, channels]; computed by the
+        first layer for all."""
         if self._rotation is None:
             rows = angles[:length] if self._positions is None else angles[self._positions].transpose(0, 1)
-            cos, sin = rows.cos().to(dtype), rows.sin().to(dtype)
-            first, second = sin.chunk(2, dim=-1)
-            self._rotation = cos, torch.cat((-first, second), dim=-1)
+            self._rotation = _cos_sin(rows, dtype)
         return self._rotation
 
     def store(self, number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,7 +109,16 @@ class KVCache(BaseInferenceContext):
 
 
 class CachedSelfAttention(SelfAttention):
-    """megatron's self-attention, which keeps rotated keys in a ``KVCache`` instead of rotating all of them anew."""
+    """megatron's self-attention, which keeps rotated keys in a ``KVCache`` instead of rotating all of them anew.
+
+    Rotates queries and keys itself, in fewer passes; packed sequences are left to megatron, which knows their starts.
+    """
+
+    _is_packed = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self._is_packed = kwargs.get("packed_seq_params") is not None
+        return super().forward(*args, **kwargs)
 
     def _adjust_key_value_for_inference(
         self,
@@ -121,19 +130,25 @@ class CachedSelfAttention(SelfAttention):
         *args: Any,
         **kw: Any,
     ) -> Any:
+        if inference_context is None and rotary_pos_emb is not None and not self._is_packed:
+            cos, sin = _cos_sin(rotary_pos_emb[0], key.dtype)
+            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+            return query, key, value, None, self.attn_mask_type, None
         if not isinstance(inference_context, KVCache):
             return super()._adjust_key_value_for_inference(
                 inference_context, query, key, value, rotary_pos_emb, *args, **kw
             )
         if rotary_pos_emb is not None:
-            # the same arithmetic as megatron's apply_rotary_pos_emb, query and key in one go
-            both = torch.cat((query, key), dim=2)
             cos, sin = inference_context.rotation(rotary_pos_emb[0], key.size(0), key.dtype)
-            both = both * cos + both.roll(both.size(-1) // 2, dims=-1) * sin
-            query, key = both.split((query.size(2), key.size(2)), dim=2)
+            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         key, value = inference_context.store(self.layer_number, key, value)
         mask_type = AttnMaskType.no_mask if inference_context.is_decode_only() else AttnMaskType.causal
         return query, key, value, None, mask_type, None
+
+
+def _cos_sin(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    half = angles[..., : angles.size(-1) // 2]  # both halves hold the same angles
+    return half.cos().to(dtype), half.sin().to(dtype)
 
 
 def sdpa(

@@ -28,7 +28,7 @@ from nemo_rlhf import device
 from nemo_rlhf.config.architecture import Architecture
 from nemo_rlhf.parallel import state
 from nemo_rlhf.parallel.attention import KVCache
-from nemo_rlhf.parallel.layers import block_spec
+from nemo_rlhf.parallel.layers import block_spec, uses_transformer_engine
 from nemo_rlhf.parallel.logprobs import vocab_parallel_logprobs
 
 Role = Literal["policy", "critic"]
@@ -100,6 +100,7 @@ def transformer_config(
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
+        use_te_activation_func=not uses_transformer_engine(),  # megatron's name for an activation of the layer spec
         **recomputation,
     )
 

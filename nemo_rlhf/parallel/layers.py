@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nemo_rlhf import device
 from nemo_rlhf.parallel.attention import CachedSelfAttention, SDPACoreAttention, sdpa
+from nemo_rlhf.parallel.elementwise import SwiGLU
 
 
 def uses_transformer_engine() -> bool:
@@ -45,6 +46,7 @@ def _local_block(config: TransformerConfig, num_layers: int) -> TransformerBlock
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     parts.self_attention.module = CachedSelfAttention
     parts.self_attention.submodules.core_attention = SDPACoreAttention
+    parts.mlp.submodules.activation_func = SwiGLU
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
 
 

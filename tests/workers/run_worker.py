@@ -16,6 +16,8 @@ from unittest import mock
 
 import torch
 
+from nemo_rlhf import cli
+
 
 def runs(payload: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Run each of ``payload`` on all ranks, one after the other.
@@ -25,7 +27,16 @@ def runs(payload: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ``damage``: a file to flip a byte of before; ``env``: variables. Returns for each ``code``, ``stderr``, ``seconds``
     and, where a run ended in an exception that the program does not expect, ``traceback``.
     """
-    return [_run(**each) for each in payload]
+    results = []
+    for number, each in enumerate(payload):
+        with mock.patch.object(cli, "_speaks", _in_run(number)):
+            results.append(_run(**each))
+    return results
+
+
+def _in_run(number: int, original: Any = cli._speaks) -> Any:
+    """Two runs of one process may have to say the same."""
+    return lambda rank, sentence: original(rank, f"{number}: {sentence}")
 
 
 def _run(
@@ -36,8 +47,6 @@ def _run(
     damage: str | None = None,
     env: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    from nemo_rlhf.cli import main
-
     if os.environ["RANK"] == "0":
         if copy is not None:
             shutil.copytree(*copy, symlinks=True)
@@ -58,7 +67,7 @@ def _run(
         if nan_in_step is not None:
             stack.enter_context(_nan_in(nan_in_step, result))
         try:
-            result["code"] = main(arguments)
+            result["code"] = cli.main(arguments)
         except Exception:
             result["traceback"] = traceback.format_exc()
     return {**result, "stderr": heard.getvalue(), "seconds": time.monotonic() - start}
