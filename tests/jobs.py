@@ -58,12 +58,13 @@ class Job:
                 continue
         return found
 
-    def rank(self, number: int) -> psutil.Process:
-        """The process that is rank ``number``: a child of the launcher."""
+    def ranks(self) -> dict[int, psutil.Process]:
+        """The processes that are ranks by now: children of the launcher."""
+        found = {}
         for process in psutil.Process(self.process.pid).children():
-            if process.environ().get("RANK") == str(number):
-                return process
-        raise AssertionError(f"there is no rank {number}")
+            if (rank := process.environ().get("RANK")) is not None:
+                found[int(rank)] = process
+        return found
 
     def wait_until(self, reached: Callable[[], Any], timeout_s: float = 240.0, interval_s: float = 0.005) -> None:
         deadline = time.monotonic() + timeout_s

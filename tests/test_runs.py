@@ -241,7 +241,7 @@ def test_a_job_survives_kills_and_signals(tiny: Tiny, place: Path, two_ranks: li
     job.wait_until(lambda: newest() == 1)
     hold.touch()
     job.wait_until(reached.exists)
-    job.rank(1).kill()
+    job.ranks()[1].kill()
     assert job.wait() == 128 + signal.SIGKILL, job.stderr
     assert "nemo-rlhf: rank 1 was killed by SIGKILL" in job.stderr
     hold.unlink()
@@ -250,7 +250,7 @@ def test_a_job_survives_kills_and_signals(tiny: Tiny, place: Path, two_ranks: li
     before = newest()
     job = start()  # killed in the middle of saving
     job.wait_until((checkpoints / f"step_{before + 1}.partial" / "policy" / "weights").exists, interval_s=0.001)
-    job.rank(0).kill()
+    job.ranks()[0].kill()
     assert job.wait() == 128 + signal.SIGKILL, job.stderr
     assert "nemo-rlhf: rank 0 was killed by SIGKILL" in job.stderr
     assert newest() == before, "what was half written must not be taken for a checkpoint"
@@ -264,7 +264,7 @@ def test_a_job_survives_kills_and_signals(tiny: Tiny, place: Path, two_ranks: li
     assert newest() == before + 1
 
     job = start()  # told to stop before there is a step
-    job.wait_until(lambda: all(catches(job.rank(number), signal.SIGUSR1) for number in (0, 1)))
+    job.wait_until(lambda: sum(catches(rank, signal.SIGUSR1) for rank in job.ranks().values()) == 2)
     job.process.send_signal(signal.SIGUSR1)
     assert job.wait() == 75, job.stderr
     assert newest() == before + 2
@@ -282,10 +282,10 @@ def test_a_job_survives_kills_and_signals(tiny: Tiny, place: Path, two_ranks: li
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A directory that holds 3 MiB."""
+    """A directory that holds 6 MiB: five checkpoints."""
     disk = tmp_path / "run" / "checkpoints"
     disk.mkdir(parents=True)
-    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("cannot mount a file system here")
     yield disk

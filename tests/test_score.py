@@ -199,3 +199,14 @@ def test_load_reward_function_from_the_current_directory(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=message) as caught:
             load_reward_function(name)
         assert "\n" not in str(caught.value)
+
+
+def test_function_that_asks_for_tokens_gets_them_and_may_reward_each():
+    def reward(outputs, output_ids, **_):
+        assert output_ids == [[8, 9, 2], [8], [9, 2]]
+        return [[0.5 * token for token in ids] for ids in output_ids]
+
+    scored = score(reward, make_rollout(), None)
+    assert scored.token_rewards is not None
+    assert [rewards.tolist() for rewards in scored.token_rewards] == [[4.0, 4.5, 1.0], [4.0], [4.5, 1.0]]
+    assert not scored.scores.any()

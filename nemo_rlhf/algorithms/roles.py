@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nemo_rlhf.config.architecture import Architecture
 from nemo_rlhf.config.schema import ModelConfig
 from nemo_rlhf.convert.load import init_value_head, load_weights, open_source
 from nemo_rlhf.convert.locate import TOKENIZER, read_architecture, resolve_restore_from, tokenizer_directory
@@ -44,7 +43,7 @@ def open_role(kind: type[Role], config: ModelConfig, source: str, precision: str
     random = config.init == "random" and source == config.restore_from
     form, directory = resolve_restore_from(source)
     if kind.role == "critic":
-        init_value_head(model.gpt, seed)
+        init_value_head(model.gpt)
     if random:
         load_weights(model.gpt, RandomSource(architecture, seed), architecture)
     elif form == "hf":

@@ -163,6 +163,7 @@ def _begin(model: BaseModelConfig, trainer: HardwareConfig, seed: int) -> None:
     )
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.CRITICAL)  # what it logs, it raises too
     nemo_logging.setLevel(nemo_logging.ERROR)
     nemo_logging.captureWarnings(False)  # it would hold back ours as well
     warnings.filterwarnings("ignore", module=r"(lightning|megatron|nemo|torch)\b")  # their own business

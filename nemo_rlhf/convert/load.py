@@ -12,7 +12,7 @@ from nemo_rlhf.convert.checkpoint import CheckpointSource
 from nemo_rlhf.convert.families import weight_map
 from nemo_rlhf.convert.locate import read_architecture, resolve_restore_from
 from nemo_rlhf.convert.mapping import OUTPUT_LAYER, Cut, Entry
-from nemo_rlhf.convert.source import RandomSource, WeightSource, normal, open_hf
+from nemo_rlhf.convert.source import RandomSource, WeightSource, open_hf
 from nemo_rlhf.parallel import state
 from nemo_rlhf.parallel.gpt import GPT
 
@@ -85,11 +85,10 @@ def _fill(parameter: torch.nn.Parameter, entry: Entry, source: WeightSource, cut
 
 
 @torch.no_grad()
-def init_value_head(model: GPT, seed: int) -> None:
-    """Start a critic's value head: weight normal with standard deviation 1/sqrt(hidden + 1), bias 0 (Stiennon et al.
-    2020). The same for every cut; does nothing on stages that have no head."""
-    parameters = dict(model.named_parameters())
-    if _VALUE_HEAD + "weight" in parameters:
-        weight, bias = parameters[_VALUE_HEAD + "weight"], parameters[_VALUE_HEAD + "bias"]
-        weight.copy_(normal(_VALUE_HEAD + "weight", seed, tuple(weight.shape)) / (weight.shape[-1] + 1) ** 0.5)
-        bias.zero_()
+def init_value_head(model: GPT) -> None:
+    """Start a critic's value head at zero, so that values are 0 until something is learned of the rewards' scale: a
+    random head on normed hidden states says values around 1, which drown small rewards in their advantages. Does nothing
+    on stages that have no head."""
+    for name, parameter in model.named_parameters():
+        if name.startswith(_VALUE_HEAD):
+            parameter.zero_()

@@ -10,7 +10,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from nemo_rlhf.types import Rollout, Sample, Scored
 RewardFunction = Callable[..., Any]
 MetricFunction = Callable[..., Any]
 LARGEST = torch.finfo(torch.float32).max
-RESERVED = ("samples", "prompts", "outputs", "tokenizer")
+RESERVED = ("samples", "prompts", "outputs", "tokenizer", "output_ids")
 
 
 def load_reward_function(name: str) -> RewardFunction:
@@ -59,7 +59,8 @@ def score(reward_fn: RewardFunction, rollout: Rollout, tokenizer: Any) -> Scored
     """The rewards of ``rollout``: calls ``reward_fn(samples=, prompts=, outputs=, tokenizer=, **metadata)`` once.
 
     ``samples`` are prompt and response texts together, ``prompts`` and ``outputs`` the two apart: lists of str, without
-    special tokens, cut before a stop string. Each field of the prompts' metadata is a list with one entry a
+    special tokens, cut before a stop string. A function with a parameter ``output_ids`` also gets the sampled tokens,
+    which it needs to reward each of them: text that is tokenised again has other lengths. Each field of the prompts' metadata is a list with one entry a
     sample, None where its prompt has no such field. It returns a list, array or tensor with one entry a sample: a
     number, or a list (array, tensor) with a number for each response token, EOS included.
     Raises ValueError, which names the function and the sample, for anything else, and when the function raises.
@@ -112,11 +113,20 @@ def _call(function: Callable[..., Any], kind: str, samples: Sequence[Sample], to
         "tokenizer": tokenizer,
         **_metadata(samples),
     }
+    if "output_ids" in _parameters(function):
+        arguments["output_ids"] = [list(sample.response_ids) for sample in samples]
     _check_signature(function, kind, name, arguments)
     try:
         return function(**arguments)
     except Exception as error:  # whatever the user's function raises
         raise ValueError(f"The {kind} function {name} raised {_one_line(error)}.") from error
+
+
+def _parameters(function: Callable[..., Any]) -> Collection[str]:
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):  # builtins have none: the call itself will tell
+        return ()
 
 
 def _metadata(samples: Sequence[Sample]) -> dict[str, list[Any]]:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nemo_rlhf.convert.load import RandomSource, init_value_head, load_weights, open_source, read_architecture
+from nemo_rlhf.convert.load import RandomSource, load_weights, open_source, read_architecture
+from nemo_rlhf.convert.source import normal
 from nemo_rlhf.parallel import checkpoint, state
 from nemo_rlhf.parallel.gpt import GPT, build_gpt
 
@@ -56,7 +57,10 @@ def values(path: str, tokens: torch.Tensor, seed: int) -> torch.Tensor | None:
     architecture = read_architecture(path)
     model = build_gpt(architecture, role="critic").eval()
     load_weights(model, open_source(path), architecture)
-    init_value_head(model, seed)
+    if state.is_last_stage():  # a head that a trained critic could have; a new one is zero
+        with torch.no_grad():
+            model.value_head.weight.copy_(normal("value_head.weight", seed, tuple(model.value_head.weight.shape)))
+            model.value_head.bias.zero_()
     hidden = hidden_states(model, tokens)
     return model.value_head(hidden).T if state.is_last_stage() else None
 
