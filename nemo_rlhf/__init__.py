@@ -6,6 +6,7 @@ Importing this package loads nothing heavy.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ def train(
     reward_fn: Callable[..., Any] | None = None,
     prompts: Sequence[Any] | str | None = None,
     eval_prompts: Sequence[Any] | str | None = None,
-    metric_fn: Callable[..., Mapping[str, Any]] | None = None,
+    metric_fn: Callable[..., dict[str, Any]] | None = None,
     samples: Sequence[Any] | str | None = None,
     eval_samples: Sequence[Any] | str | None = None,
     rewards: Sequence[float] | None = None,
@@ -68,10 +69,12 @@ def train(
         SystemExit: with code 75, when a signal stopped the run after it saved.
     """
     if rewards is not None:
-        raise ValueError("train(rewards=...) asks for offline reinforcement learning, which this version does not have.")
+        raise ValueError(
+            "train(rewards=...) asks for offline reinforcement learning, which this version does not have."
+        )
     if (reward_fn is None) == (samples is None):
         raise ValueError("train() needs either reward_fn and prompts, for PPO, or samples, for supervised fine-tuning.")
-    import nemo_rlhf.config as configuration
+    configuration: Any = importlib.import_module("nemo_rlhf.config")  # a module that can be called
 
     command, kind = ("sft", configuration.SFTConfig) if reward_fn is None else ("ppo", configuration.PPOConfig)
     if config is None:
@@ -103,8 +106,6 @@ def train(
 
 
 def __getattr__(name: str) -> Any:
-    if name == "config":  # a module that can be called; imported on first use
-        import importlib
-
+    if name == "config":  # imported on first use
         return importlib.import_module("nemo_rlhf.config")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

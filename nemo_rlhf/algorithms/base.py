@@ -123,7 +123,11 @@ class Algorithm(LightningModule):
         loop = {"completed_steps": self.completed_steps, "rng": torch.get_rng_state(), **self.loop_state()}
         checkpoint.save_object(loop, directory / _STATE)
         identity = json.dumps({**self._identity(), "step": self.completed_steps, "metrics": self.metrics}, indent=1)
-        checkpoint.on_rank_zero(lambda: (directory / _IDENTITY).write_text(identity) and None)
+
+        def write() -> None:
+            (directory / _IDENTITY).write_text(identity)
+
+        checkpoint.on_rank_zero(write)
 
     def load_from(self, directory: Path) -> None:
         """Continue from what ``save_to`` wrote.

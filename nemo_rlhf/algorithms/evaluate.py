@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +116,7 @@ def evaluate(
             "val/response_length": sum(len(sample.response_ids) for sample in samples) / len(samples),
         }
         if metric_fn is not None:
-            fn = metric_fn
-            whole = _on_leaders(lambda rollout=scored.rollout: call_metric(fn, rollout, tokenizer))[0]  # type: ignore[misc]
+            whole = _on_leaders(partial(call_metric, metric_fn, scored.rollout, tokenizer))[0]
             metrics |= {f"val/{name}": value for name, value in whole.items()}
         by_suffix[suffix] = metrics
     best = (max if mode == "max" else min)(by_suffix.values(), key=lambda metrics: metrics["val/reward"])

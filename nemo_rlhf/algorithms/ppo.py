@@ -1,7 +1,7 @@
 """PPO (Schulman et al. 2017) on language models: prompts -> rollout -> score -> experience -> update.
 
-After sampling, every rank holds the whole rollout batch on the host and the models evaluate and learn from shares of it.
-So advantages, minibatches and metrics are the same for every TP x PP x DP cut.
+After sampling, every rank holds the whole rollout batch on the host, and the models evaluate and learn from shares of
+it. So advantages, minibatches and metrics are the same for every TP x PP x DP cut.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from nemo_rlhf.algorithms.base import Algorithm, Metrics, PhaseTimer
 from nemo_rlhf.algorithms.evaluate import evaluate, sample_and_score, write_samples
 from nemo_rlhf.algorithms.roles import open_role, save_role
+from nemo_rlhf.algorithms.update_log import UpdateLog
 from nemo_rlhf.config.architecture import Architecture
 from nemo_rlhf.config.sampling import sampling_sweep
 from nemo_rlhf.config.schema import PPOConfig
@@ -34,10 +35,10 @@ from nemo_rlhf.models.policy import PolicyModel
 from nemo_rlhf.models.reference import Reference, ResidentReference, SwappedReference
 from nemo_rlhf.ops.kl import next_kl_coef
 from nemo_rlhf.ops.scaling import ScoreStatistics
-from nemo_rlhf.parallel import checkpoint, state
+from nemo_rlhf.parallel import checkpoint
 from nemo_rlhf.parallel.gpt import GPT
 from nemo_rlhf.parallel.optimizer import ModelOptimizer
-from nemo_rlhf.parallel.schedule import Microbatch
+from nemo_rlhf.parallel.schedule import Loss, Microbatch
 from nemo_rlhf.rollout.collect import make_requests
 from nemo_rlhf.rollout.experience import Evaluation, build_experience
 from nemo_rlhf.rollout.score import RewardFunction
@@ -91,8 +92,8 @@ class PPO(Algorithm):
         )
         if self.critic.architecture.vocab_size != self.policy.architecture.vocab_size:
             raise ValueError(
-                f"the critic in {model.critic.restore_from} has a vocabulary of {self.critic.architecture.vocab_size} and "
-                f"the policy one of {self.policy.architecture.vocab_size}: both must read the same tokens."
+                f"the critic in {model.critic.restore_from} has a vocabulary of {self.critic.architecture.vocab_size} "
+                f"and the policy one of {self.policy.architecture.vocab_size}: both must read the same tokens."
             )
         self.critic.make_trainable(model.critic.optim, total)
         if config.ppo.reference == "swap":
@@ -161,7 +162,9 @@ class PPO(Algorithm):
 
     def evaluate_tokens(self, tokens: Tensor, mask: Tensor, lengths: Tensor) -> Evaluation:
         """Every model's view of the sampled tokens, in the very microbatches that the first epoch learns from."""
-        microbatches = [m for rows in self.minibatches(len(lengths)) for m in self.policy.cut(tokens, mask, lengths, rows)]
+        microbatches = [
+            m for rows in self.minibatches(len(lengths)) for m in self.policy.cut(tokens, mask, lengths, rows)
+        ]
         temperature = self.sampling.temperature
         logprobs, entropy = self.policy.logprobs(microbatches, temperature, tokens)
         ref_logprobs = self.reference.logprobs(microbatches, temperature, tokens)
@@ -172,14 +175,16 @@ class PPO(Algorithm):
     def update(self, experience: Experience, step: int) -> Metrics:
         """The inner epochs: critic and policy learn from minibatches of the whole batch."""
         ppo = self.config.ppo
-        log = _UpdateLog()
+        log = UpdateLog()
         with self._critic_on_device(), self._optimizers_on_device():
             for epoch in range(ppo.epochs):
                 for rows in self.minibatches(len(experience.lengths), step, epoch):
                     tokens = int(experience.response_mask[rows].sum())
-                    log.add(*self._learn(self.critic, experience, rows, self._value_loss(tokens)), tokens)
+                    sums, norm = self._learn(self.critic, experience, rows, self._value_loss(tokens))
+                    log.add("critic", sums, norm, tokens)
                     if step >= ppo.critic_warmup_steps:
-                        log.add(*self._learn(self.policy, experience, rows, self._policy_loss(tokens)), tokens)
+                        sums, norm = self._learn(self.policy, experience, rows, self._policy_loss(tokens))
+                        log.add("policy", sums, norm, tokens)
                 log.end_epoch()
                 if ppo.target_kl is not None and log.last_kl > ppo.target_kl:
                     break
@@ -209,7 +214,9 @@ class PPO(Algorithm):
         ppo = self.config.ppo
         return ppo.epochs * (ppo.num_prompts * ppo.samples_per_prompt // ppo.minibatch_size)
 
-    def _learn(self, model: PolicyModel | CriticModel, experience: Experience, rows: list[int], loss: Any) -> Any:
+    def _learn(
+        self, model: PolicyModel | CriticModel, experience: Experience, rows: list[int], loss: Loss
+    ) -> tuple[dict[str, float], float]:
         fields = {
             "logprobs": experience.logprobs,
             "values": experience.values,
@@ -218,17 +225,17 @@ class PPO(Algorithm):
         }
         microbatches = model.cut(experience.tokens, experience.response_mask, experience.lengths, rows, fields)
         try:
-            return (*model.learn(microbatches, loss), model.role)
+            return model.learn(microbatches, loss)
         except NonFiniteError as error:
             path = self.run_dir / f"bad_batch_step_{self.completed_steps + 1}.pt"
             kept = {name: value[rows] for name, value in vars(experience).items()}
             checkpoint.save_object({**kept, "role": model.role}, path)
             raise NonFiniteError(
-                f"{error} in step {self.completed_steps + 1}: the update was not applied and its batch is in {path}; lower "
-                f"the learning rate or look at the batch, then run again to go on from the last checkpoint."
+                f"{error} in step {self.completed_steps + 1}: the update was not applied and its batch is in {path}; "
+                f"lower the learning rate or look at the batch, then run again to go on from the last checkpoint."
             ) from None
 
-    def _policy_loss(self, tokens: int) -> Any:
+    def _policy_loss(self, tokens: int) -> Loss:
         ppo, temperature = self.config.ppo, self.sampling.temperature
 
         def loss(gpt: GPT, hidden: Tensor, batch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -248,7 +255,7 @@ class PPO(Algorithm):
 
         return loss
 
-    def _value_loss(self, tokens: int) -> Any:
+    def _value_loss(self, tokens: int) -> Loss:
         def loss(gpt: GPT, hidden: Tensor, batch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
             return value_loss(
                 gpt.values(hidden, batch.tokens, batch.selected),
@@ -324,51 +331,3 @@ class PPO(Algorithm):
             for model in (self.policy, self.critic):
                 checkpoint.load_model(model.gpt, directory / model.role)
                 model.load_training_state(directory / "training" / model.role)
-
-
-class _UpdateLog:
-    """Sums of the updates of one step, and what they come to per token."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
-        self._tokens: dict[str, int] = {}
-        self._norms: dict[str, list[float]] = {}
-        self._epoch_kl = self._epoch_tokens = 0.0
-        self._first_deviation: float | None = None
-        self._largest_deviation = 0.0
-        self.last_kl = 0.0
-        self.epochs = 0
-
-    def add(self, sums: dict[str, float], norm: float, role: str, tokens: int) -> None:
-        deviation = sums.pop("ratio/max_deviation", None)
-        if deviation is not None:
-            self._largest_deviation = max(self._largest_deviation, deviation)
-            if self._first_deviation is None:
-                self._first_deviation = deviation
-            self._epoch_kl += sums["approx_kl"]
-            self._epoch_tokens += tokens
-        for name, value in sums.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-        self._tokens[role] = self._tokens.get(role, 0) + tokens
-        self._norms.setdefault(role, []).append(norm)
-
-    def end_epoch(self) -> None:
-        self.last_kl = self._epoch_kl / max(1.0, self._epoch_tokens)
-        self._epoch_kl = self._epoch_tokens = 0.0
-        self.epochs += 1
-
-    def metrics(self) -> Metrics:
-        """A step of critic warm-up leaves the policy as it is: its ratios are 1 and its losses 0."""
-        names = ("loss/policy", "ratio/mean", "clipfrac/policy", "approx_kl")
-        idle = {"loss/policy": 0.0, "ratio/mean": 1.0, "clipfrac/policy": 0.0, "approx_kl": 0.0}
-        policy_tokens = self._tokens.get("policy", 0)
-        metrics = {n: self._sums[n] / policy_tokens if policy_tokens else idle[n] for n in names}
-        for name in ("loss/value", "clipfrac/value"):
-            metrics[name] = self._sums[name] / self._tokens["critic"]
-        for role in ("policy", "critic"):
-            norms = self._norms.get(role, [0.0])
-            metrics[f"grad_norm/{role}"] = sum(norms) / len(norms)
-        metrics["ratio/max_deviation"] = self._largest_deviation
-        metrics["check/ratio_step0"] = 1.0 + (self._first_deviation or 0.0)
-        metrics["epochs"] = float(self.epochs)
-        return metrics

@@ -46,9 +46,7 @@ class SFT(Algorithm):
 
     def configure_model(self) -> None:
         model = self.config.model
-        self.policy = open_role(
-            PolicyModel, model, model.restore_from, self.config.trainer.precision, self.config.seed
-        )
+        self.policy = open_role(PolicyModel, model, model.restore_from, self.config.trainer.precision, self.config.seed)
         self.policy.make_trainable(model.optim, self.config.trainer.max_steps)
 
     def run_step(self, step: int) -> Metrics:
@@ -63,8 +61,8 @@ class SFT(Algorithm):
                 path = self.run_dir / f"bad_batch_step_{step + 1}.pt"
                 checkpoint.save_object({"tokens": tokens, "loss_mask": mask, "lengths": lengths}, path)
                 raise NonFiniteError(
-                    f"{error} in step {step + 1}: the update was not applied and its batch is in {path}; lower the learning "
-                    f"rate or look at the batch, then run again to go on from the last checkpoint."
+                    f"{error} in step {step + 1}: the update was not applied and its batch is in {path}; lower the "
+                    f"learning rate or look at the batch, then run again to go on from the last checkpoint."
                 ) from None
         assert self.policy.learner is not None
         loss = sums["loss"] / num_learned

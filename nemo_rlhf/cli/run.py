@@ -1,4 +1,4 @@
-"""From a configuration to a finished run: data, algorithm, Lightning's trainer, NeMo's experiment manager, exit code."""
+"""From a configuration to a finished run: data, algorithm, Lightning's trainer, NeMo's exp_manager, exit code."""
 
 from __future__ import annotations
 

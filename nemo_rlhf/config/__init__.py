@@ -38,9 +38,7 @@ TRAIN_SUPPLIES: dict[str, tuple[str, ...]] = {"ppo": ("data.prompts", "reward.fu
 
 
 class _CallableModule(types.ModuleType):
-    def __call__(
-        self, command: str, overrides: Sequence[str] = (), *, config_file: str | Path | None = None
-    ) -> Any:
+    def __call__(self, command: str, overrides: Sequence[str] = (), *, config_file: str | Path | None = None) -> Any:
         """The configuration of ``command`` for ``nemo_rlhf.train``, which brings model, data and reward itself."""
         given = {override.split("=", 1)[0] for override in overrides}
         supplied = [key for key in TRAIN_SUPPLIES.get(command, ()) if key not in given]

@@ -50,4 +50,6 @@ class Architecture:
             data = yaml.safe_load(path.read_text())
             return cls(**{**data, "heads": tuple(data.get("heads", ()))})
         except (TypeError, AttributeError, yaml.YAMLError) as error:
-            raise ValueError(f"{path} does not describe a model ({error}): restore the file or convert again.") from None
+            raise ValueError(
+                f"{path} does not describe a model ({error}): restore the file or convert again."
+            ) from None

@@ -87,8 +87,8 @@ def _fill(parameter: torch.nn.Parameter, entry: Entry, source: WeightSource, cut
 @torch.no_grad()
 def init_value_head(model: GPT) -> None:
     """Start a critic's value head at zero, so that values are 0 until something is learned of the rewards' scale: a
-    random head on normed hidden states says values around 1, which drown small rewards in their advantages. Does nothing
-    on stages that have no head."""
+    random head on normed hidden states says values around 1, which drown small rewards in the advantages. Does nothing
+    on stages without a head."""
     for name, parameter in model.named_parameters():
         if name.startswith(_VALUE_HEAD):
             parameter.zero_()

@@ -2,7 +2,7 @@
 
 What is replaced, and nothing else:
 
-* the tensor factories and ``Tensor.to``/``Tensor.new_*``: a CUDA ``device=`` becomes the CPU, ``pin_memory`` is dropped;
+* the tensor factories and ``Tensor.to``/``Tensor.new_*``: a CUDA ``device=`` means the CPU, ``pin_memory`` is dropped;
 * ``Tensor.cuda``, ``Tensor.pin_memory``, ``Module.cuda``: return their object;
 * ``Tensor.type()``: names the CUDA type, which megatron's gradient clipping compares with;
 * ``torch.cuda``: device, stream, event, memory and random-state calls;
@@ -23,11 +23,30 @@ from typing import Any
 import torch
 
 _CPU = torch.device("cpu")
-_FACTORIES = (
-    "empty zeros ones full tensor as_tensor arange rand randn randint randperm eye linspace empty_strided "
-    "empty_like zeros_like ones_like full_like rand_like randn_like scalar_tensor"
-).split()
-_NEW = "new_empty new_zeros new_ones new_full new_tensor".split()
+_FACTORIES = [
+    "empty",
+    "zeros",
+    "ones",
+    "full",
+    "tensor",
+    "as_tensor",
+    "arange",
+    "rand",
+    "randn",
+    "randint",
+    "randperm",
+    "eye",
+    "linspace",
+    "empty_strided",
+    "empty_like",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "rand_like",
+    "randn_like",
+    "scalar_tensor",
+]
+_NEW = ["new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"]
 _installed = False
 
 
@@ -174,7 +193,6 @@ def install() -> None:
     if _installed:
         return
     # megatron-core and torch._dynamo must be imported before the patches: their imports fail on patched factories
-    import megatron.core
     import torch._dynamo
 
     # cached at first use, and `with torch.device("meta")` (transformers' loading) must know the original factories

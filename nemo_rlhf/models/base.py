@@ -1,7 +1,8 @@
-"""A role of training as a NeMo model: one megatron module, with or without an optimizer, and how tokens go through it."""
+"""A role of training as a NeMo model: a megatron module, with or without an optimizer, and how tokens go through it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -102,7 +103,7 @@ class MegatronModel(ModelPT):
         assert self.learner is not None
         self.learner.zero_grad()
         sums = schedule.forward_backward(self.learner.ddp, microbatches, loss)
-        bad = [name for name, value in sums.items() if name.startswith("loss") and value != value]
+        bad = [name for name, value in sums.items() if name.startswith("loss") and math.isnan(value)]
         if bad:
             raise NonFiniteError(f"{bad[0]} is NaN")
         norm = self.learner.step()

@@ -14,9 +14,7 @@ from nemo_rlhf.parallel.schedule import Microbatch
 class PolicyModel(MegatronModel):
     role = "policy"
 
-    def logprobs(
-        self, microbatches: Sequence[Microbatch], temperature: float, like: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def logprobs(self, microbatches: Sequence[Microbatch], temperature: float, like: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the selected tokens, and entropies where they were drawn: [B, S] fp32 each."""
 
         def compute(gpt: GPT, hidden: Tensor, batch: Microbatch) -> dict[str, Tensor]:

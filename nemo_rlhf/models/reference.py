@@ -18,7 +18,8 @@ class ResidentReference:
     def __init__(self, policy: PolicyModel, build: Callable[[], PolicyModel], offload: bool) -> None:
         self.model = build()
         self.model.gpt.load_state_dict(policy.gpt.state_dict())
-        self.model.gpt.requires_grad_(False)
+        # its weights stay marked as trainable: torch.matmul takes another path with frozen ones, and the KL of
+        # step 0 would not be exactly 0
         self._offload = offload
         if offload:
             self.model.weights_out()

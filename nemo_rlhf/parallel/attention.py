@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -79,8 +80,8 @@ class KVCache(BaseInferenceContext):
                 tensor[targets] = tensor[sources]
 
     def rotation(self, angles: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of this pass for ``rotate``, from all ``angles`` [max length, 1, 1, channels]; computed by the
-        first layer for all."""
+        """Cosines and sines of this pass for ``rotate``, from all ``angles`` [max length, 1, 1, channels]; computed by
+        the first layer for all."""
         if self._rotation is None:
             rows = angles[:length] if self._positions is None else angles[self._positions].transpose(0, 1)
             self._rotation = _cos_sin(rows, dtype)
@@ -179,7 +180,7 @@ def sdpa(
 
 class SDPACoreAttention(MegatronModule):
     """Drop-in for megatron's DotProductAttention. Causal without a mask is the fast path: right-padded batches need
-    none. With a boolean mask (True = masked) the mask alone decides; packed sequences (thd) attend within themselves."""
+    none. With a boolean mask (True = masked) the mask alone decides; packed sequences (thd) keep to themselves."""
 
     def __init__(
         self,
@@ -223,7 +224,7 @@ class SDPACoreAttention(MegatronModule):
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, packing: PackedSeqParams) -> Tensor:
         bounds = packing.cu_seqlens_q.tolist()
         parts = []
-        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        for start, end in pairwise(bounds):
             if start == end:
                 continue
             q, k, v = (x[start:end].unsqueeze(1) for x in (query, key, value))

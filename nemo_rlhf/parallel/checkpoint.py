@@ -30,10 +30,17 @@ MANIFEST = "manifest.json"
 WEIGHTS = "weights"
 PARTIAL = ".partial"
 # What gives the weights their shapes and their meaning.
-_SHAPING = (
-    "family num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels vocab_size "
-    "tie_embeddings"
-).split()
+_SHAPING = [
+    "family",
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "vocab_size",
+    "tie_embeddings",
+]
 
 
 class SaveError(OSError):
@@ -90,8 +97,8 @@ def _check_architecture(ours: Architecture, directory: Path) -> None:
         here, there = getattr(ours, name), getattr(stored, name)
         if here != there:
             raise ValueError(
-                f"{directory} belongs to another architecture: its {name} is {there} and this model's is {here}; name a "
-                f"checkpoint of this model."
+                f"{directory} belongs to another architecture: its {name} is {there} and this model's is {here}; name "
+                f"a checkpoint of this model."
             )
 
 
@@ -232,7 +239,9 @@ def verify(directory: Path) -> None:
     found = _describe(directory, sorted(expected))
     for name, entry in sorted(expected.items()):
         if found.get(name) != entry:
-            raise ValueError(f"the checkpoint {directory} is damaged: {name} is missing or differs from what was saved.")
+            raise ValueError(
+                f"the checkpoint {directory} is damaged: {name} is missing or differs from what was saved."
+            )
 
 
 def remove(directory: Path) -> None:

@@ -120,7 +120,9 @@ def _rotary_frequencies(architecture: Architecture) -> Tensor:
         )
     )
     if rotary.attention_scaling != 1.0 or rotary.rope_type == "dynamic":
-        raise ValueError(f"rope_type={rotary.rope_type!r} cannot be expressed in megatron-core: use default, linear or llama3.")
+        raise ValueError(
+            f"rope_type={rotary.rope_type!r} cannot be expressed in megatron-core: use default, linear or llama3."
+        )
     return rotary.inv_freq.detach().clone().float()
 
 
@@ -139,6 +141,9 @@ class ValueHead(torch.nn.Module):
 
 class GPT(GPTModel):
     """megatron's GPTModel over this rank's layers; ``forward`` returns hidden states [S, B, H] on every stage."""
+
+    post_process: bool
+    output_layer: Any
 
     def __init__(self, architecture: Architecture, config: TransformerConfig, role: Role) -> None:
         self.architecture, self.role = architecture, role

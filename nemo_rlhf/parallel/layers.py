@@ -1,4 +1,4 @@
-"""Which modules a transformer layer is made of: Transformer Engine's when importable, otherwise megatron's local ones."""
+"""Which modules a layer is made of: Transformer Engine's when importable, otherwise megatron's local ones."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ def _transformer_engine_block(config: TransformerConfig, num_layers: int) -> Tra
     class CoreAttention(TEDotProductAttention):
         """Transformer Engine's attention, except for a decoding step: its mask is one of slots with own lengths."""
 
-        def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *args: Any, **kw: Any) -> Tensor:
+        def forward(
+            self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *args: Any, **kw: Any
+        ) -> Tensor:
             if kw.get("attn_mask_type") == AttnMaskType.no_mask and attention_mask is not None:
                 return sdpa(query, key, value, attention_mask, False, 1 / query.size(-1) ** 0.5)
             return super().forward(query, key, value, attention_mask, *args, **kw)

@@ -22,7 +22,7 @@ SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_a
 
 
 def _mend_torch_adam() -> None:
-    """megatron-core 0.16.1 expects apex's or Transformer Engine's Adam when it saves or loads its distributed optimizer.
+    """megatron-core 0.16.1 expects apex's or Transformer Engine's Adam when its distributed optimizer is saved.
 
     With torch's AdamW three things go wrong: ``state_dict`` asserts before the first step; after loading, all
     parameters share one ``step`` tensor, which then advances once per parameter; and ``step`` is looked up among the
@@ -65,7 +65,7 @@ def _mend_torch_adam() -> None:
 
 def _mend_order(optimizer: DistributedOptimizer) -> None:
     """megatron-core 0.16.1 puts the fp32 parameters of a group before its 16-bit ones, but looks their state up by the
-    order of the gradient buffers: a bf16 model with an fp32 head would save and load one parameter's state as another's.
+    order of the gradient buffers: a bf16 model with an fp32 head would save one parameter's state as another's.
     """
     groups = zip(optimizer.model_fp32_groups, optimizer.model_float16_groups, strict=True)
     for number, (full, half) in enumerate(groups):

@@ -106,8 +106,8 @@ def forward_backward(model: Any, microbatches: Sequence[Microbatch], loss: Loss)
             that the gradient does not depend on how the batch was cut; and sums to log.
 
     Returns:
-        The logged sums over microbatches and data-parallel ranks (their maximum for names that end in ``max_deviation``),
-        the same on every rank.
+        The logged sums over microbatches and data-parallel ranks (the maximum for names that end in
+        ``max_deviation``), the same on every rank.
     """
     # megatron divides the loss by the number of microbatches and its gradient by the data-parallel size: undo both
     scale = len(microbatches) * state.dp_size()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,9 +49,10 @@ class MegatronStrategy(DDPStrategy):
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
 
-    def tensor_init_context(self, empty_init: bool | None = None) -> AbstractContextManager[None]:
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
         """Parts choose their devices themselves; host tensors made on the way must stay on the host."""
-        return nullcontext()
+        yield
 
     def model_to_device(self) -> None:
         """The parts were built on their device."""
