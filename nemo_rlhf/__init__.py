@@ -6,6 +6,7 @@ Importing this package loads nothing heavy.
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -74,6 +75,11 @@ def train(
         )
     if (reward_fn is None) == (samples is None):
         raise ValueError("train() needs either reward_fn and prompts, for PPO, or samples, for supervised fine-tuning.")
+    if reward_fn is None:
+        stops = stop_sequences or None
+        _refuse("samples", prompts=prompts, eval_prompts=eval_prompts, metric_fn=metric_fn, stop_sequences=stops)
+    else:
+        _refuse("reward_fn", eval_samples=eval_samples)
     configuration: Any = importlib.import_module("nemo_rlhf.config")  # a module that can be called
 
     command, kind = ("sft", configuration.SFTConfig) if reward_fn is None else ("ppo", configuration.PPOConfig)
@@ -83,6 +89,7 @@ def train(
         raise ValueError(f'this call of train() needs a configuration from nemo_rlhf.config("{command}", ...).')
     if isinstance(config, configuration.PPOConfig) and prompts is None and config.data.prompts is None:
         raise ValueError("train(reward_fn=...) needs prompts, as an argument or as data.prompts.")
+    config = copy.deepcopy(config)  # the caller may use it again
     config.model.restore_from = str(model_path)
 
     from nemo_rlhf.cli.launch import launch_if_needed
@@ -98,11 +105,17 @@ def train(
                 config, reward_fn=reward_fn, prompts=prompts, validation_prompts=eval_prompts, metric_fn=metric_fn
             )
         else:
-            code = run_sft(config, train=samples, validation=eval_samples)
+            code = run_sft(config, train=samples, validation=eval_samples)  # type: ignore[arg-type]
     if code == _EXIT_STOPPED:
         raise SystemExit(code)
     metrics, checkpoint = result_of(Path(config.exp_manager.explicit_log_dir))
     return TrainResult(metrics, checkpoint, Path(config.exp_manager.explicit_log_dir))
+
+
+def _refuse(given: str, **arguments: Any) -> None:
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(f"train({given}=...) has no use for {name}: leave it out.")
 
 
 def __getattr__(name: str) -> Any:

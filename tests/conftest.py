@@ -1,4 +1,4 @@
-"""What several test modules need: a tiny model's directory, data for it, and the means to run jobs of real processes."""
+"""What several test modules need: a tiny model's directory, data for it, and means to run jobs of real processes."""
 
 from __future__ import annotations
 

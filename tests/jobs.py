@@ -17,7 +17,15 @@ import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 _MARK = "NEMO_RLHF_TEST_JOB"
-_FROM_OUTSIDE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NEMO_RLHF_LAUNCHED")
+_FROM_OUTSIDE = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "NEMO_RLHF_LAUNCHED",
+)
 # what differs between two runs that are otherwise the same
 _OF_THE_MACHINE = ("time/", "perf/", "memory/")
 

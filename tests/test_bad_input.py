@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ def files(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "line3.jsonl").write_text("\n".join([*good[:2], '{"prompt": "abc', *good[2:]]))
     (root / "long.jsonl").write_text("\n".join([*good[:4], json.dumps({"prompt": "x" * 30, "letter": "x"})]))
     (root / "one_long.jsonl").write_text("\n".join([*good[:7], json.dumps({"prompt": "x" * 60, "letter": "x"})]))
+    (root / "plain.jsonl").write_text('{"prompt": "a", "letter": "b"}\n')
     size = write_tokenizer(root / "heads3")
     write_model_config(root / "heads3", size, num_attention_heads=3, num_key_value_heads=3, hidden_size=48)
     write_tokenizer(root / "group1")
@@ -74,7 +74,9 @@ def one_rank_cases(files: Path) -> dict[str, Case]:
             (*prompts("long.jsonl"), "data.max_prompt_length=20"), r"30 tokens.*data\.max_prompt_length is 20"
         ),
         "long sequence": Case(("generation.max_new_tokens=63",), r"generation\.max_new_tokens=63 is more than the 64"),
-        "no such module": Case(reward("tests.workers.no_rewards:score"), r"there is no module tests\.workers\.no_rewards"),
+        "no such module": Case(
+            reward("tests.workers.no_rewards:score"), r"there is no module tests\.workers\.no_rewards"
+        ),
         "no such function": Case(reward(f"{REWARDS}:nothing"), r"has no nothing"),
         "raises": Case(reward(f"{REWARDS}:raising"), r"rewards\.raising raised RuntimeError: no reward today"),
         "wrong count": Case((*reward(f"{REWARDS}:too_few"), NO_VALIDATION), r"returned 15 rewards for 16 samples"),
@@ -94,10 +96,16 @@ def one_rank_cases(files: Path) -> dict[str, Case]:
             copy=("done", "other tokenizer"),
         ),
         "no fresh start": Case(
-            ("exp_manager.resume_if_exists=false",), r"holds checkpoints of an earlier run", copy=("done", "no fresh start")
+            ("exp_manager.resume_if_exists=false",),
+            r"holds checkpoints of an earlier run",
+            copy=("done", "no fresh start"),
+        ),
+        "small": Case(
+            ("trainer.max_steps=1", f"model.restore_from={files / 'vocabulary'}", *prompts("plain.jsonl")), "", code=0
         ),
         "other vocabulary": Case(
-            (f"model.critic.restore_from={files / 'vocabulary'}",), r"critic.*vocabulary of 28|no \*?\.?safetensors|weights"
+            (f"model.critic.restore_from={files / 'run_small/checkpoints/step_1/critic'}",),
+            r"the critic in .*step_1/critic has a vocabulary of 28 and the policy one of 30",
         ),
         "no weights": Case(("model.init=pretrained",), r"safetensors|weights"),
         "no model": Case((f"model.restore_from={files / 'nowhere'}",), r"There is no directory .*nowhere"),

@@ -80,7 +80,9 @@ def training_jobs(cuts: dict[str, Cut], llamas: dict[str, Path]) -> list[Job]:
             arguments = {"kind": "policy", "directory": llamas["untied"], "micro_batch": size}
             jobs.append(Job(f"{label}/policy/untied/{size}", cut, "train", arguments))
         for kind in ("policy", "critic"):
-            jobs.append(Job(f"{label}/random/{kind}", cut, "random_start", {"kind": kind, "directory": llamas["untied"]}))
+            jobs.append(
+                Job(f"{label}/random/{kind}", cut, "random_start", {"kind": kind, "directory": llamas["untied"]})
+            )
     return jobs
 
 
@@ -120,7 +122,11 @@ def two(llamas: dict[str, Path], shelf: Path, one: dict[str, Any]) -> list[dict[
     for kind in ("policy", "critic"):
         for tied in TIED:
             name = f"{kind}-{tied}"
-            chain = [("TP2", TP2, llamas[tied]), ("PP2", PP2, shelf / f"{name}-TP2"), ("DP2", DP2, shelf / f"{name}-PP2")]
+            chain = [
+                ("TP2", TP2, llamas[tied]),
+                ("PP2", PP2, shelf / f"{name}-TP2"),
+                ("DP2", DP2, shelf / f"{name}-PP2"),
+            ]
             for label, cut, source in chain:
                 arguments = {"kind": kind, "source": source, "target": shelf / f"{name}-{label}"}
                 jobs.append(Job(f"store/{name}/{label}", cut, "store", arguments))
@@ -132,7 +138,10 @@ def two(llamas: dict[str, Path], shelf: Path, one: dict[str, Any]) -> list[dict[
             jobs += [save_job(name, cut, kind, llamas, shelf), resume_job(name, label, cut, kind, shelf)]
     for kind, precision in (("critic", "bf16"), ("policy", "bf16")):
         name = f"{kind}-DP2-bf16"
-        jobs += [save_job(name, DP2, kind, llamas, shelf, precision), resume_job(name, "DP2", DP2, kind, shelf, precision)]
+        jobs += [
+            save_job(name, DP2, kind, llamas, shelf, precision),
+            resume_job(name, "DP2", DP2, kind, shelf, precision),
+        ]
     jobs += [
         resume_job("policy-DP2", "TP2", TP2, "policy", shelf),
         resume_job("critic-DP2", "TP2", TP2, "critic", shelf),
@@ -200,7 +209,9 @@ def reference_objective(model: Any, head: Tensor, bias: Tensor, kind: str) -> tu
                 ratio, advantages = (chosen - old["logprobs"]).exp(), old["advantages"]
                 bounded = ratio.clamp(1 - worker.CLIP_LOW, 1 + worker.CLIP_HIGH) * advantages
                 surrogate = torch.minimum(ratio * advantages, bounded)
-                floored = torch.where(advantages < 0, torch.maximum(surrogate, worker.DUAL_CLIP * advantages), surrogate)
+                floored = torch.where(
+                    advantages < 0, torch.maximum(surrogate, worker.DUAL_CLIP * advantages), surrogate
+                )
                 entropy = -(log_probs.exp() * log_probs).sum(-1)[mask]
                 losses = -floored
                 total = total - worker.ENTROPY_COEF * entropy.sum() / batch.selected
@@ -223,11 +234,9 @@ def reference_training(directory: Path, kind: str, steps: int = 3) -> dict[str, 
     """transformers' Llama under torch's AdamW, with the norms' gradients of the first step."""
     from transformers import LlamaForCausalLM
 
-    from nemo_rlhf.convert.source import normal
-
     model = LlamaForCausalLM.from_pretrained(directory)
-    head = torch.nn.Parameter(normal("value_head.weight", SEED, (1, 64)) / 65**0.5)
-    bias = torch.nn.Parameter(torch.zeros(1))
+    head = torch.nn.Parameter(worker.head_weight())
+    bias = torch.nn.Parameter(torch.full((1,), 0.1))
     trunk = model.model.parameters() if kind == "critic" else model.parameters()
     parameters = [*trunk, *([head, bias] if kind == "critic" else [])]
     groups = [
@@ -260,7 +269,9 @@ def series(steps: list[dict[str, float]], name: str) -> Tensor:
 def assert_same_steps(actual: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
     assert len(actual) == len(expected) and actual[0].keys() == expected[0].keys()
     for name in actual[0]:
-        torch.testing.assert_close(series(actual, name), series(expected, name), **TOLERANCE, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            series(actual, name), series(expected, name), **TOLERANCE, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize(("kind", "tied"), CASES)
@@ -275,7 +286,9 @@ def test_learns_what_transformers_and_adamw_learn(
         "critic": {"loss/value": "loss", "clipfrac/value": "clipped"},
     }[kind]
     for ours, theirs in {**names, "norm": "norm", "lr": "lr"}.items():
-        torch.testing.assert_close(series(steps, ours), series(expected, theirs), **TOLERANCE, msg=lambda m, n=ours: f"{n}: {m}")
+        torch.testing.assert_close(
+            series(steps, ours), series(expected, theirs), **TOLERANCE, msg=lambda m, n=ours: f"{n}: {m}"
+        )
     assert float(series(steps, "norm")[0]) > OPTIM.clip_grad, "no gradient was clipped"
     losses = series(steps, next(iter(names)))
     assert float((losses[1:] - losses[:-1]).abs().min()) > 1e-3, "the steps changed nothing"
@@ -348,7 +361,9 @@ def test_training_goes_on_bit_equal_after_everything_was_offloaded(
     one: dict[str, Any], two: list[dict[str, Any]]
 ) -> None:
     results = {name: one[f"offload/{name}"] for name in ("32", "bf16")}
-    results |= {f"{label}, rank {i}": rank[f"offload/{label}"] for label in ("TP2", "DP2") for i, rank in enumerate(two)}
+    results |= {
+        f"{label}, rank {i}": rank[f"offload/{label}"] for label in ("TP2", "DP2") for i, rank in enumerate(two)
+    }
     for name, result in results.items():
         assert result["offloaded"][0] == result["resident"][0], name
         assert torch.equal(result["offloaded"][1], result["resident"][1]), name
@@ -357,7 +372,11 @@ def test_training_goes_on_bit_equal_after_everything_was_offloaded(
 
 def test_references_never_move(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
     plain = one["TP1/policy/tied/2"]["steps"]
-    for name, result in {"TP1": one["references"], "TP2": two[0]["references/TP2"], "DP2": two[1]["references/DP2"]}.items():
+    for name, result in {
+        "TP1": one["references"],
+        "TP2": two[0]["references/TP2"],
+        "DP2": two[1]["references/DP2"],
+    }.items():
         assert result["policy_moved"] > 0.01, "the policy has to move for its reference to stay behind"
         for updates, said in zip((0, 2, 3), result["said"], strict=True):
             for kind, logprobs in said.items():

@@ -120,10 +120,34 @@ def test_metrics_are_those_that_the_configuration_asks_for(place: Path, one_rank
     sweep = {f"val/{name}@temperature={value}" for name in ("reward", "response_length") for value in ("0.9", "1.2")}
     assert {"val/reward", *sweep} <= rows[0].keys()
     assert rows[0]["val/reward"] == max(rows[0]["val/reward@temperature=0.9"], rows[0]["val/reward@temperature=1.2"])
-    promised = """reward/mean reward/std kl/mean kl/coef entropy/mean loss/policy loss/value ratio/mean clipfrac/policy
-        clipfrac/value value/explained_variance grad_norm/policy grad_norm/critic lr/policy response_length/mean eos/share
-        check/ratio_step0 check/kl_step0 time/rollout_s time/score_s time/experience_s time/update_s time/total_s
-        perf/generated_tokens_per_s perf/trained_tokens_per_s memory/peak_mib""".split()
+    promised = [
+        "reward/mean",
+        "reward/std",
+        "kl/mean",
+        "kl/coef",
+        "entropy/mean",
+        "loss/policy",
+        "loss/value",
+        "ratio/mean",
+        "clipfrac/policy",
+        "clipfrac/value",
+        "value/explained_variance",
+        "grad_norm/policy",
+        "grad_norm/critic",
+        "lr/policy",
+        "response_length/mean",
+        "eos/share",
+        "check/ratio_step0",
+        "check/kl_step0",
+        "time/rollout_s",
+        "time/score_s",
+        "time/experience_s",
+        "time/update_s",
+        "time/total_s",
+        "perf/generated_tokens_per_s",
+        "perf/trained_tokens_per_s",
+        "memory/peak_mib",
+    ]
     for row in rows[1:]:
         assert set(promised) <= row.keys()
         assert all(math.isfinite(value) for value in row.values())
@@ -146,7 +170,9 @@ def test_every_cut_samples_and_learns_the_same(
     assert len({sample["response"] for sample in expected["step_1"]}) > 8, "samples must differ for this to mean much"
 
 
-@pytest.mark.parametrize("cut", ["tp1", "tp2", "dp2", "pp2", "tp2_pp2", "micro1", "micro4", "slots3", "swap", "offload"])
+@pytest.mark.parametrize(
+    "cut", ["tp1", "tp2", "dp2", "pp2", "tp2_pp2", "micro1", "micro4", "slots3", "swap", "offload"]
+)
 def test_step_0_is_exact(
     cut: str,
     place: Path,
@@ -227,9 +253,7 @@ def test_a_job_survives_kills_and_signals(tiny: Tiny, place: Path, two_ranks: li
     """Five starts of one command; the result is that of the run nobody disturbed."""
     run_dir, hold = place / "disturbed", place / "hold"
     checkpoints, reached = run_dir / "checkpoints", hold.with_suffix(".reached")
-    arguments = tiny.ppo(
-        run_dir, *TP2, SIX, EVERY_STEP, "trainer.devices=2", f"reward.function={REWARDS}:held"
-    )
+    arguments = tiny.ppo(run_dir, *TP2, SIX, EVERY_STEP, "trainer.devices=2", f"reward.function={REWARDS}:held")
 
     def start() -> Job:
         return Job(arguments, place, REWARD_HOLD=str(hold))
@@ -293,9 +317,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_spares_the_checkpoint_before(tiny: Tiny, small_disk: Path, tmp_path: Path) -> None:
-    arguments = tiny.ppo(
-        small_disk.parent, *TP2, EVERY_STEP, "trainer.devices=2", f"reward.function={REWARDS}:filling"
-    )
+    arguments = tiny.ppo(small_disk.parent, *TP2, EVERY_STEP, "trainer.devices=2", f"reward.function={REWARDS}:filling")
     job = Job(arguments, tmp_path, REWARD_FILLS=str(small_disk))
     assert job.wait() == 2, job.stderr
     (line,) = error_lines(job.stderr)

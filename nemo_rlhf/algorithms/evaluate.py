@@ -38,7 +38,6 @@ def sample_and_score(
     Raises:
         ValueError: on every rank, where the reward function failed on any (see ``rollout.score``).
     """
-    engine.check(requests, sampling)  # all of them, so that no rank fails alone
     mine = engine.generate(requests[state.dp_rank() :: state.dp_size()], sampling)
     start = time.perf_counter()
 
@@ -63,7 +62,7 @@ def sample_and_score(
 
 def sample(engine: Engine, requests: Sequence[Request], sampling: SamplingParams) -> tuple[Sample, ...]:
     """Sample the requests, each data-parallel rank its share; all of them, in order, on every rank."""
-    engine.check(requests, sampling)
+    engine.check(requests, sampling)  # all of them, so that no rank fails alone
     mine = engine.generate(requests[state.dp_rank() :: state.dp_size()], sampling)
     return in_order(state.gather_objects(mine))
 

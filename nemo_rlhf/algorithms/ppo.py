@@ -106,6 +106,9 @@ class PPO(Algorithm):
             num_slots=config.generation.num_slots,
             max_sequence_length=self.policy.architecture.max_position_embeddings,
         )
+        self.engine.check(make_requests(self.inputs.prompts, 1, 0), self.sampling)
+        for _, values in self.validations:
+            self.engine.check(make_requests(self.inputs.validation_prompts, 1, 0), SamplingParams(**values))
 
     def on_fit_start(self) -> None:
         if "critic" in self.config.ppo.offload:

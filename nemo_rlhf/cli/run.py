@@ -43,7 +43,7 @@ from nemo_rlhf.cli.report import write_report
 from nemo_rlhf.config import dump
 from nemo_rlhf.config.sampling import sampling_values
 from nemo_rlhf.config.schema import BaseModelConfig, GenerateConfig, HardwareConfig, ModelConfig, PPOConfig, SFTConfig
-from nemo_rlhf.data.prompts import read_prompts
+from nemo_rlhf.data.prompts import read_prompts, share_fields
 from nemo_rlhf.data.records import Source
 from nemo_rlhf.data.texts import read_texts
 from nemo_rlhf.generation.engine import Engine
@@ -81,13 +81,15 @@ def run_ppo(
     def read(source: Source | None) -> Any:
         return read_prompts(source, tokenizer, config.data.max_prompt_length) if source is not None else ()
 
+    training, validation = share_fields(
+        read(prompts if prompts is not None else config.data.prompts),
+        read(validation_prompts if validation_prompts is not None else config.data.validation_prompts),
+    )
     inputs = PPOInputs(
         tokenizer=tokenizer,
         tokenizer_dir=tokenizer_dir,
-        prompts=read(prompts if prompts is not None else config.data.prompts),
-        validation_prompts=read(
-            validation_prompts if validation_prompts is not None else config.data.validation_prompts
-        ),
+        prompts=training,
+        validation_prompts=validation,
         reward_fn=reward_fn,
         metric_fn=metric_fn,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from nemo_rlhf.data.order import Order
@@ -61,6 +62,16 @@ def _read_prompt(where: str, record: Any, tokenizer: Any, max_prompt_length: int
             "raise the limit, or shorten or remove the prompt."
         )
     return Prompt(tuple(token_ids), text, metadata)
+
+
+def share_fields(*groups: Sequence[Prompt]) -> list[list[Prompt]]:
+    """The prompts with every field of any of them, None where a prompt had it not: a reward function then gets the same
+    arguments whichever of them it is called for."""
+    names = dict.fromkeys(name for group in groups for prompt in group for name in prompt.metadata)
+    return [
+        [replace(prompt, metadata={name: prompt.metadata.get(name) for name in names}) for prompt in group]
+        for group in groups
+    ]
 
 
 class PromptStream:

@@ -82,8 +82,9 @@ class Engine:
             if not length:
                 raise ValueError(f"The prompt of sample {request.sample_index} has no tokens: give it at least one.")
             if length + sampling.max_new_tokens > self._max_sequence_length:
+                text = " ".join(request.prompt.text.split())
                 raise ValueError(
-                    f"The prompt of sample {request.sample_index} has {length} tokens, which with "
+                    f'The prompt "{text[:40]}{"..." * (len(text) > 40)}" has {length} tokens, which with '
                     f"generation.max_new_tokens={sampling.max_new_tokens} is more than the {self._max_sequence_length} "
                     "that a sequence may have: shorten the prompt or ask for fewer tokens."
                 )

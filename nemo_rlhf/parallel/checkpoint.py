@@ -12,6 +12,7 @@ import queue
 import shutil
 import zlib
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,13 @@ class SaveError(OSError):
     knows why."""
 
     cause_is_elsewhere = False
+
+
+class _ElsewhereError(OSError):
+    """Another rank failed."""
+
+
+_FAILURES = (OSError, RuntimeError, CheckpointException, CheckpointingException)
 
 
 def save_tensors(sharded_state: dict[str, Any], directory: Path) -> None:
@@ -143,17 +151,19 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
     try:
         on_rank_zero(begin)
-        write(partial)
+        _together(lambda: write(partial))
         _write_manifest(partial)
         on_rank_zero(finish)
-    except (OSError, RuntimeError, CheckpointException, CheckpointingException) as error:
+    except _FAILURES as error:
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
         failure = SaveError(
             f"the checkpoint {path} could not be written ({_reason(error)}): free space or name another directory; "
             f"earlier checkpoints are untouched."
         )
-        failure.cause_is_elsewhere = isinstance(error, CheckpointException) and not error.failures
+        failure.cause_is_elsewhere = isinstance(error, _ElsewhereError) or (
+            isinstance(error, CheckpointException) and not error.failures
+        )
         raise failure from error
 
 
@@ -164,6 +174,22 @@ def _reason(error: BaseException) -> str:
         error = error.failures[rank][0]
         return f"rank {rank}: {' '.join(str(error).split())[:300]}"
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _together(action: Callable[[], None]) -> None:
+    """Run ``action`` on every rank; when it fails on any of them all raise, and none waits for another."""
+    failure: BaseException | None = None
+    try:
+        action()
+    except _FAILURES as error:
+        failure = error
+    reasons: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, None if failure is None else _reason(failure))
+    if failure is not None:
+        raise failure
+    for rank, reason in enumerate(reasons):
+        if reason is not None:
+            raise _ElsewhereError(f"rank {rank}: {reason}")
 
 
 def on_rank_zero(action: Callable[[], None]) -> None:
@@ -200,11 +226,11 @@ def _checksum(path: Path) -> int:
 
 
 def _describe(directory: Path, names: list[str]) -> dict[str, list[int]]:
-    """Size and CRC-32 of each file, the work split among ranks. A file that is not there is left out."""
+    """Size and CRC-32 of each file, the work split among ranks. A file that cannot be read is left out."""
     mine = {}
     for name in names[dist.get_rank() :: dist.get_world_size()]:
         file = directory / name
-        if file.is_file():
+        with suppress(OSError):
             mine[name] = [file.stat().st_size, _checksum(file)]
     parts: list[dict[str, list[int]]] = [{}] * dist.get_world_size()
     dist.all_gather_object(parts, mine)
@@ -213,11 +239,17 @@ def _describe(directory: Path, names: list[str]) -> dict[str, list[int]]:
 
 def _write_manifest(directory: Path) -> None:
     names = _files(directory)
-    for name in names[dist.get_rank() :: dist.get_world_size()]:
-        _fsync(directory / name)
+
+    def sync() -> None:
+        for name in names[dist.get_rank() :: dist.get_world_size()]:
+            _fsync(directory / name)
+
+    _together(sync)
     files = _describe(directory, names)
 
     def write() -> None:
+        if unread := sorted(set(names) - set(files)):
+            raise OSError(f"{unread[0]} cannot be read back")
         (directory / MANIFEST).write_text(json.dumps({"files": files}, indent=0))
         _fsync(directory / MANIFEST)
         _fsync(directory)

@@ -5,7 +5,7 @@
 
 Llama, 256 wide, 4 layers, 4 heads, 2000 tokens of vocabulary, random weights; 32 prompts of 32 tokens, 48 new tokens
 each, 2 inner epochs, one mini-batch, fp32, 1 thread, one process. The reward costs nothing on both sides. Each
-system runs in its own processes, in turns; an iteration is what lies between two calls of the reward, the first two are warm-up.
+system runs in its own processes, in turns; an iteration lies between two calls of the reward, and two are warm-up.
 Figures are medians over iterations of CPU seconds, and the peak resident set; the ratio is that of the medians.
 """
 

@@ -9,7 +9,10 @@ from typing import Any
 
 
 def count_a(outputs: list[str], letter: list[str], **rest: Any) -> list[float]:
-    return [output.count("a") + 0.25 * output.count(own) - 0.05 * len(output) for output, own in zip(outputs, letter)]
+    return [
+        output.count("a") + 0.25 * output.count(own) - 0.05 * len(output)
+        for output, own in zip(outputs, letter, strict=True)
+    ]
 
 
 def dense(samples: list[str], outputs: list[str], tokenizer: Any, **rest: Any) -> list[list[float]]:
@@ -27,7 +30,7 @@ def held(**arguments: Any) -> list[float]:
 
 
 def filling(**arguments: Any) -> list[float]:
-    """As ``count_a``; once there is a checkpoint in the directory $REWARD_FILLS, leaves too little space for another."""
+    """As ``count_a``; once $REWARD_FILLS holds a checkpoint, leaves too little space there for another."""
     place = Path(os.environ["REWARD_FILLS"])
     filler = place / "filler"
     stored = [path for path in place.glob("step_*") if path.name.removeprefix("step_").isdigit()]

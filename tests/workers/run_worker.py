@@ -120,9 +120,7 @@ def _nan_in(step: int, result: dict[str, Any]) -> Iterator[None]:
         try:
             return original_learn(self, *arguments)
         except ValueError:
-            result["weights_kept"] = all(
-                torch.equal(a, b) for a, b in zip(before, self.gpt.parameters(), strict=True)
-            )
+            result["weights_kept"] = all(torch.equal(a, b) for a, b in zip(before, self.gpt.parameters(), strict=True))
             raise
 
     def run_step(self: Any, number: int, original: Any = ppo.PPO.run_step) -> Any:
@@ -135,3 +133,55 @@ def _nan_in(step: int, result: dict[str, Any]) -> Iterator[None]:
         mock.patch.object(ppo.PPO, "run_step", run_step),
     ):
         yield
+
+
+def train_api(payload: dict[str, str]) -> dict[str, Any]:
+    """``nemo_rlhf.train`` several times in one process, and the console program on what it leaves."""
+    import nemo_rlhf
+
+    hf, root = payload["hf"], Path(payload["root"])
+
+    def config(command: str, name: str, *overrides: str) -> Any:
+        sizes = ("model.init=random", "model.global_batch_size=3", "model.micro_batch_size=3", "trainer.max_steps=1")
+        log = (f"exp_manager.explicit_log_dir={root / name}", "exp_manager.create_tensorboard_logger=false")
+        return nemo_rlhf.config(command, overrides=[*log, *sizes, *overrides])
+
+    untouched = nemo_rlhf.train(
+        hf,
+        samples=[["ab ", "cd", "ef ", "gh"], {"prompt": "k ", "response": "lm"}, "whole"],
+        config=config("sft", "untouched", "model.optim.lr=1e-30", "model.optim.weight_decay=0"),
+    )
+    texts = [[f"{letter} ", letter * (2 + place % 3)] for place, letter in enumerate("abcdefghijklmnopqrstuvwxyz")]
+    learned = nemo_rlhf.train(
+        hf,
+        samples=texts,
+        eval_samples=texts,
+        config=config(
+            "sft", "learned", "model.global_batch_size=24", "model.micro_batch_size=12", "trainer.max_steps=60",
+            "model.optim.lr=1e-2", "trainer.val_check_interval=60", "trainer.enable_progress_bar=false",
+        ),
+    )  # fmt: skip
+    rollouts = ("ppo.num_prompts=3", "ppo.samples_per_prompt=2", "generation.max_new_tokens=6")
+    nemo_rlhf.train(
+        hf,
+        reward_fn=_rising,
+        prompts=["a ", "b "],
+        config=config("ppo", "dense", *rollouts, "generation.ignore_eos=true"),
+    )
+    after = nemo_rlhf.train(
+        learned.checkpoint,
+        reward_fn=lambda outputs, **rest: [float(len(output)) for output in outputs],
+        prompts=["a ", "b "],
+        config=config("ppo", "after", *rollouts, "model.init=pretrained"),
+    )
+    for name, checkpoint in (("untouched", untouched.checkpoint), ("learned", learned.checkpoint)):
+        assert cli.main(["convert", "export", str(checkpoint), str(root / f"{name}_hf")]) == 0
+    prompts = ["--prompts", str(Path(hf).parent / "prompts.jsonl"), "--out", str(root / "ours.jsonl")]
+    sampling = ["generation.temperature=0", "generation.max_new_tokens=12", "generation.num_slots=4"]
+    assert cli.main(["generate", str(learned.checkpoint), *prompts, *sampling]) == 0
+    return {"sft_loss": untouched.metrics["loss"], "ppo_after_sft": dict(after.metrics)}
+
+
+def _rising(output_ids: list[list[int]], **rest: Any) -> list[list[float]]:
+    """0.1 for the first token of a response, 0.2 for the second, ..."""
+    return [[0.1 * (place + 1) for place in range(len(ids))] for ids in output_ids]
