@@ -389,8 +389,10 @@ def test_bad_requests_get_one_sentence(hf_dir: Path, tokenizer: Any) -> None:
     state.set_environment_for_one_process()
     model = worker.load_model(hf_dir, 1, 1)
     engine = Engine(model, tokenizer, num_slots=2, max_sequence_length=32)
-    with pytest.raises(ValueError, match=r"sample 3 has 20 tokens.*max_new_tokens=13.*the 32 that a sequence may have"):
-        engine.generate([Request(Prompt((5,) * 20, ""), 3)], SamplingParams(13))
+    with pytest.raises(
+        ValueError, match=r"prompt \"a b\" has 20 tokens.*max_new_tokens=13.*the 32 that a sequence may have"
+    ):
+        engine.generate([Request(Prompt((5,) * 20, "a b"), 3)], SamplingParams(13))
     with pytest.raises(ValueError, match="prompt of sample 4 has no tokens"):
         engine.generate([Request(Prompt((), ""), 4)], SamplingParams(2))
     with pytest.raises(ValueError, match="num_slots=0"):
