@@ -54,12 +54,10 @@ def train(
         model_path: Hugging Face directory or Megatron checkpoint.
         reward_fn: called as ``reward_fn(samples=, prompts=, outputs=, tokenizer=, **metadata)`` with lists of str;
             returns one number a sample, or a list with one a response token.
-        prompts: strings, dicts with "prompt" and metadata, or a file of them.
-        eval_prompts: the same, for validation.
+        prompts, eval_prompts: strings, dicts with "prompt" and metadata, or a file of them.
         metric_fn: called as ``reward_fn`` is; returns numbers, or lists of them, by name, logged as ``val/<name>``.
         samples: strings (all of it is learned), [prompt, output, prompt, output, ...] lists (outputs are learned),
-            dicts as in SFT files, or a file of them.
-        eval_samples: the same, for the validation loss.
+            dicts as in SFT files, or a file of them. ``eval_samples``: the same, for the validation loss.
         rewards: of ``samples``, for offline reinforcement learning; not in this version.
         config: from ``nemo_rlhf.config("ppo" or "sft", overrides=[...])``; by default that with a run directory
             under ``runs/``.
@@ -70,46 +68,48 @@ def train(
         SystemExit: with code 75, when a signal stopped the run after it saved.
     """
     if rewards is not None:
-        raise ValueError(
-            "train(rewards=...) asks for offline reinforcement learning, which this version does not have."
-        )
+        raise ValueError("train(rewards=...) asks for offline reinforcement learning, which is not in this version.")
     if (reward_fn is None) == (samples is None):
         raise ValueError("train() needs either reward_fn and prompts, for PPO, or samples, for supervised fine-tuning.")
     if reward_fn is None:
         stops = stop_sequences or None
         _refuse("samples", prompts=prompts, eval_prompts=eval_prompts, metric_fn=metric_fn, stop_sequences=stops)
+        checked = _checked("sft", config)
     else:
         _refuse("reward_fn", eval_samples=eval_samples)
-    configuration: Any = importlib.import_module("nemo_rlhf.config")  # a module that can be called
-
-    command, kind = ("sft", configuration.SFTConfig) if reward_fn is None else ("ppo", configuration.PPOConfig)
-    if config is None:
-        config = configuration(command, overrides=[f"exp_manager.explicit_log_dir=runs/{command}"])
-    if not isinstance(config, kind):
-        raise ValueError(f'this call of train() needs a configuration from nemo_rlhf.config("{command}", ...).')
-    if isinstance(config, configuration.PPOConfig) and prompts is None and config.data.prompts is None:
-        raise ValueError("train(reward_fn=...) needs prompts, as an argument or as data.prompts.")
-    config = copy.deepcopy(config)  # the caller may use it again
-    config.model.restore_from = str(model_path)
+        checked = _checked("ppo", config)
+        if prompts is None and checked.data.prompts is None:
+            raise ValueError("train(reward_fn=...) needs prompts, as an argument or as data.prompts.")
+        checked.generation.stop = [*checked.generation.stop, *stop_sequences]
+    checked.model.restore_from = str(model_path)
 
     from nemo_rlhf.cli.launch import launch_if_needed
     from nemo_rlhf.cli.stop import heeded
 
-    launch_if_needed(config.trainer.devices, config.trainer.num_nodes)
+    launch_if_needed(checked.trainer.devices, checked.trainer.num_nodes)
     with heeded():
         from nemo_rlhf.cli.run import result_of, run_ppo, run_sft
 
-        if isinstance(config, configuration.PPOConfig):
-            config.generation.stop = [*config.generation.stop, *stop_sequences]
+        if reward_fn is not None:
             code = run_ppo(
-                config, reward_fn=reward_fn, prompts=prompts, validation_prompts=eval_prompts, metric_fn=metric_fn
+                checked, reward_fn=reward_fn, prompts=prompts, validation_prompts=eval_prompts, metric_fn=metric_fn
             )
         else:
-            code = run_sft(config, train=samples, validation=eval_samples)  # type: ignore[arg-type]
+            code = run_sft(checked, train=samples, validation=eval_samples)
     if code == _EXIT_STOPPED:
         raise SystemExit(code)
-    metrics, checkpoint = result_of(Path(config.exp_manager.explicit_log_dir))
-    return TrainResult(metrics, checkpoint, Path(config.exp_manager.explicit_log_dir))
+    metrics, checkpoint = result_of(Path(checked.exp_manager.explicit_log_dir))
+    return TrainResult(metrics, checkpoint, Path(checked.exp_manager.explicit_log_dir))
+
+
+def _checked(command: str, config: PPOConfig | SFTConfig | None) -> Any:
+    """A copy of ``config``, which the caller may use again, or the default for ``command``."""
+    configuration: Any = importlib.import_module("nemo_rlhf.config")  # a module that can be called
+    if config is None:
+        return configuration(command, overrides=[f"exp_manager.explicit_log_dir=runs/{command}"])
+    if not isinstance(config, {"ppo": configuration.PPOConfig, "sft": configuration.SFTConfig}[command]):
+        raise ValueError(f'this call of train() needs a configuration from nemo_rlhf.config("{command}", ...).')
+    return copy.deepcopy(config)
 
 
 def _refuse(given: str, **arguments: Any) -> None:

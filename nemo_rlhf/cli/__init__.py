@@ -26,7 +26,7 @@ EXIT_CODES = """\
 exit codes:
   0    done
   1    failed (a traceback says where)
-  2    wrong input (one sentence says what and where)
+  2    wrong input, a full disk or a NaN loss (one sentence says what and where)
   75   stopped by SIGTERM or SIGUSR1 after saving: run the same command again to continue
 """
 

@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_rlhf import device
 from nemo_rlhf.generation.ending import Ending
 from nemo_rlhf.generation.sampling import SamplingParams, sample_tokens
 from nemo_rlhf.generation.slots import Scheduler, Work
@@ -135,7 +134,7 @@ class _Stage:
         self._sampling = sampling
         self._caches = [KVCache(size, max_length) for size in group_sizes]
         self._sending: deque[tuple[Any, Tensor]] = deque()
-        self._device = device.torch_device()
+        self._device = next(model.parameters()).device
 
     def start(self, group: int, work: Work) -> _Tokens:
         """One forward pass. Its tokens have to be fetched before the same group's next one."""
