@@ -6,6 +6,8 @@ file's size and checksum, and is renamed; ``verify`` tells a damaged one from a 
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 import os
 import queue
@@ -55,6 +57,7 @@ class _ElsewhereError(OSError):
     """Another rank failed."""
 
 
+_turns = itertools.count()  # of _together, the same on every rank
 _FAILURES = (OSError, RuntimeError, CheckpointException, CheckpointingException)
 
 
@@ -155,11 +158,12 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         _write_manifest(partial)
         on_rank_zero(finish)
     except _FAILURES as error:
+        free = shutil.disk_usage(path.parent).free / 2**20 if path.parent.is_dir() else 0.0
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
         failure = SaveError(
-            f"the checkpoint {path} could not be written ({_reason(error)}): free space or name another directory; "
-            f"earlier checkpoints are untouched."
+            f"the checkpoint {path} could not be written ({_reason(error)}; {free:.0f} MiB were free): free space or "
+            f"name another directory; earlier checkpoints are untouched."
         )
         failure.cause_is_elsewhere = isinstance(error, _ElsewhereError) or (
             isinstance(error, CheckpointException) and not error.failures
@@ -177,19 +181,24 @@ def _reason(error: BaseException) -> str:
 
 
 def _together(action: Callable[[], None]) -> None:
-    """Run ``action`` on every rank; when it fails on any of them all raise, and none waits for another."""
-    failure: BaseException | None = None
+    """Run ``action`` on every rank; when it fails on any of them all raise, and none waits for another.
+
+    They tell each other through the store: a rank that failed in the midst of what ``action`` does with collectives
+    must not enter another. Ranks that still wait for it inside ``action`` are freed when its process ends.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    verdict = f"nemo_rlhf/together/{next(_turns)}"
     try:
         action()
     except _FAILURES as error:
-        failure = error
-    reasons: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(reasons, None if failure is None else _reason(failure))
-    if failure is not None:
-        raise failure
-    for rank, reason in enumerate(reasons):
-        if reason is not None:
-            raise _ElsewhereError(f"rank {rank}: {reason}")
+        if store.check([verdict]):  # what was seen here is what came of it
+            raise _ElsewhereError(store.get(verdict).decode()) from error
+        store.set(verdict, f"rank {dist.get_rank()}: {_reason(error)}")
+        raise
+    if store.add(f"{verdict}/done", 1) == dist.get_world_size():
+        store.set(verdict, "")
+    if reason := store.get(verdict).decode():
+        raise _ElsewhereError(reason)
 
 
 def on_rank_zero(action: Callable[[], None]) -> None:
@@ -287,7 +296,13 @@ def remove(directory: Path) -> None:
 
 def save_object(value: Any, file: Path) -> None:
     """Rank 0 writes plain Python numbers, strings, containers and tensors."""
-    on_rank_zero(lambda: torch.save(value, file))
+
+    def write() -> None:
+        buffer = io.BytesIO()  # a full disk is then an OSError that says so, which torch.save's own is not
+        torch.save(value, buffer)
+        file.write_bytes(buffer.getbuffer())
+
+    on_rank_zero(write)
 
 
 def load_object(file: Path) -> Any:

@@ -135,6 +135,31 @@ def _nan_in(step: int, result: dict[str, Any]) -> Iterator[None]:
         yield
 
 
+def fail_alone(directory: str) -> str:
+    """Rank 0 fails in what only rank 0 writes, while the others go on to a collective; what each rank says then."""
+    from megatron.core.dist_checkpointing import ShardedTensor
+    from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+
+    from nemo_rlhf.parallel import checkpoint, state
+
+    state.initialize(1, 1, 0)
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+    def write(partial: Path) -> None:
+        weights = ShardedTensor.from_rank_offsets("weights", torch.ones(4), (0, rank, world_size))
+        (partial / "weights").mkdir(exist_ok=True)
+        torch.distributed.barrier()
+        checkpoint.save_tensors({"weights": weights, "plain": 3}, partial / "weights")
+
+    full = OSError(28, "No space left on device")
+    with mock.patch.object(TorchCommonSaveStrategy, "save_common", side_effect=full if rank == 0 else None):
+        try:
+            checkpoint.write_atomically(Path(directory) / "checkpoint", write)
+        except checkpoint.SaveError as error:
+            return f"{error.cause_is_elsewhere} {error}"
+    return "saved"
+
+
 def train_api(payload: dict[str, str]) -> dict[str, Any]:
     """``nemo_rlhf.train`` several times in one process, and the console program on what it leaves."""
     import nemo_rlhf
