@@ -215,7 +215,7 @@ def resumed_by_one(shelf: Path, two: list[dict[str, Any]]) -> dict[str, Any]:
 # ---- the slow reference
 
 
-def reference_objective(model: Any, head: Tensor, bias: Tensor, kind: str) -> tuple[Tensor, dict[str, float]]:
+def reference_objective(model: Any, head: Tensor, kind: str) -> tuple[Tensor, dict[str, float]]:
     """Loss of the whole batch, row by row without padding, from logits and formulas written out."""
     batch = worker.make_batch()
     total, sums = torch.zeros(()), dict.fromkeys(("loss", "entropy", "clipped", "ratio", "kl"), 0.0)
@@ -224,7 +224,7 @@ def reference_objective(model: Any, head: Tensor, bias: Tensor, kind: str) -> tu
         old = {name: field[row, 1:length][mask] for name, field in batch.fields.items()}
         if kind == "critic":
             hidden = model.model(tokens[None]).last_hidden_state[0, :-1]
-            values = (hidden @ head.t() + bias).squeeze(-1)[mask]
+            values = (hidden @ head.t()).squeeze(-1)[mask]
             near = old["values"] + (values - old["values"]).clamp(-worker.VALUE_CLIP, worker.VALUE_CLIP)
             plain, limited = (values - old["returns"]) ** 2 / 2, (near - old["returns"]) ** 2 / 2
             losses = torch.maximum(plain, limited)
@@ -265,9 +265,8 @@ def reference_training(directory: Path, kind: str, steps: int = 3) -> dict[str, 
 
     model = LlamaForCausalLM.from_pretrained(directory)
     head = torch.nn.Parameter(worker.head_weight())
-    bias = torch.nn.Parameter(torch.full((1,), 0.1))
     trunk = model.model.parameters() if kind == "critic" else model.parameters()
-    parameters = [*trunk, *([head, bias] if kind == "critic" else [])]
+    parameters = [*trunk, *([head] if kind == "critic" else [])]
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": OPTIM.weight_decay},
         {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
@@ -276,7 +275,7 @@ def reference_training(directory: Path, kind: str, steps: int = 3) -> dict[str, 
     logged, norms = [], {}
     for step in range(1, steps + 1):
         optimizer.zero_grad()
-        loss, sums = reference_objective(model, head, bias, kind)
+        loss, sums = reference_objective(model, head, kind)
         loss.backward()
         if step == 1:
             norms = {name: p.grad.clone() for name, p in model.named_parameters() if "norm" in name}
@@ -490,7 +489,7 @@ def test_the_value_head_is_fp32_in_a_bf16_model(one: dict[str, Any], llamas: dic
     model = worker.open_model("critic", ONE, llamas["untied"], precision="bf16")
     dtypes = {name: parameter.dtype for name, parameter in model.gpt.named_parameters()}
     head = {name for name in dtypes if name.startswith("value_head")}
-    assert head == {"value_head.weight", "value_head.bias"}
+    assert head == {"value_head.weight"}
     assert all(dtype == (torch.float32 if name in head else torch.bfloat16) for name, dtype in dtypes.items())
     seen: list[torch.dtype] = []
     model.gpt.value_head.register_forward_hook(lambda _, inputs, out: seen.extend((inputs[0].dtype, out.dtype)))

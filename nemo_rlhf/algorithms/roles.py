@@ -16,7 +16,7 @@ from nemo_rlhf.models.base import DTYPES, MegatronModel
 from nemo_rlhf.parallel import checkpoint
 
 Role = TypeVar("Role", bound=MegatronModel)
-_VALUE_HEAD = ("value_head.weight", "value_head.bias")
+_VALUE_HEAD = ("value_head.weight",)
 
 
 def open_tokenizer(config: ModelConfig) -> tuple[Any, Path]:

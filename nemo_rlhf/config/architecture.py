@@ -4,19 +4,31 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 FILE_NAME = "model_config.yaml"
+_TUPLES = ("heads", "windowed_layers", "dense_layers")
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A transformer in megatron-core's words. ``rope`` holds Hugging Face's ``rope_parameters`` unchanged;
-    ``hf_config`` the whole ``config.json`` that the model came from, so that export gives it back.
-    ``heads`` names what stands on the trunk beside or instead of the language-model head ("value").
-    ``dtype`` is that of the stored weights ("float32", "bfloat16")."""
+    """A transformer in megatron-core's words; what has a default is as in Llama unless a family says otherwise.
+
+    ``rope`` holds Hugging Face's ``rope_parameters`` unchanged (empty with learned positions); ``hf_config`` the whole
+    ``config.json`` that the model came from, so that export gives it back. ``heads`` names what stands on the trunk
+    beside or instead of the language-model head ("value"). ``dtype`` is that of the stored weights ("float32",
+    "bfloat16").
+
+    ``zero_centered_norm``: norms multiply by 1 + weight (Gemma). ``qkv_bias`` and ``linear_bias``: biases of query, key
+    and value only, or of every linear layer. ``qk_norm``: query and key heads are normed before they are rotated.
+    ``windowed_layers``: numbers of the layers in which a token sees itself and the ``sliding_window - 1`` before it
+    only. ``embedding_scale`` multiplies embeddings (Gemma).
+
+    ``num_experts`` > 0: the feed-forward part of every layer but ``dense_layers`` is a mixture of experts
+    ``expert_ffn_hidden_size`` wide, of which a token visits ``experts_per_token``; ``normalize_expert_weights``: the
+    weights of those sum to one."""
 
     family: str
     num_layers: int
@@ -34,10 +46,26 @@ class Architecture:
     dtype: str = "float32"
     heads: tuple[str, ...] = ()
     hf_config: dict[str, Any] = field(default_factory=dict)
+    normalization: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    zero_centered_norm: bool = False
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    gated: bool = True
+    qkv_bias: bool = False
+    linear_bias: bool = False
+    qk_norm: bool = False
+    position_embedding: Literal["rope", "learned"] = "rope"
+    sliding_window: int | None = None
+    windowed_layers: tuple[int, ...] = ()
+    embedding_scale: float = 1.0
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_ffn_hidden_size: int = 0
+    normalize_expert_weights: bool = True
+    dense_layers: tuple[int, ...] = ()
 
     def save(self, directory: Path) -> None:
         data = asdict(self)
-        data["heads"] = list(self.heads)
+        data |= {name: list(data[name]) for name in _TUPLES}
         (Path(directory) / FILE_NAME).write_text(yaml.safe_dump(data, sort_keys=False))
 
     @classmethod
@@ -48,7 +76,7 @@ class Architecture:
             raise ValueError(f"{directory} is not a Megatron checkpoint: it has no {FILE_NAME}.")
         try:
             data = yaml.safe_load(path.read_text())
-            return cls(**{**data, "heads": tuple(data.get("heads", ()))})
+            return cls(**{**data, **{name: tuple(data.get(name, ())) for name in _TUPLES}})
         except (TypeError, AttributeError, yaml.YAMLError) as error:
             raise ValueError(
                 f"{path} does not describe a model ({error}): restore the file or convert again."

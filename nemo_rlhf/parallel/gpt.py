@@ -127,16 +127,15 @@ def _rotary_frequencies(architecture: Architecture) -> Tensor:
 
 
 class ValueHead(torch.nn.Module):
-    """One fp32 number a token, on every tensor-parallel rank alike."""
+    """One fp32 number a token, on every tensor-parallel rank alike. Without a bias, as transformers' sequence
+    classification models have it, so that it can become one."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        kwargs: dict[str, Any] = {"dtype": torch.float32, "device": device.torch_device()}
-        self.weight = torch.nn.Parameter(torch.empty(1, hidden_size, **kwargs))
-        self.bias = torch.nn.Parameter(torch.empty(1, **kwargs))
+        self.weight = torch.nn.Parameter(torch.empty(1, hidden_size, dtype=torch.float32, device=device.torch_device()))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden.float(), self.weight, self.bias).squeeze(-1)
+        return F.linear(hidden.float(), self.weight).squeeze(-1)
 
 
 class GPT(GPTModel):

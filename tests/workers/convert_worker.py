@@ -60,7 +60,6 @@ def values(path: str, tokens: torch.Tensor, seed: int) -> torch.Tensor | None:
     if state.is_last_stage():  # a head that a trained critic could have; a new one is zero
         with torch.no_grad():
             model.value_head.weight.copy_(normal("value_head.weight", seed, tuple(model.value_head.weight.shape)))
-            model.value_head.bias.zero_()
     hidden = hidden_states(model, tokens)
     return model.value_head(hidden).T if state.is_last_stage() else None
 

@@ -169,7 +169,6 @@ def open_model(kind: str, cut: Cut, directory: Path, precision: str = "32", **co
         # a new head is zero, which would hide the trunk
         with torch.no_grad():
             model.gpt.value_head.weight.copy_(head_weight())
-            model.gpt.value_head.bias.fill_(0.1)
     return model
 
 
