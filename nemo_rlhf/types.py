@@ -90,3 +90,13 @@ class Text:
 
     token_ids: tuple[int, ...]
     loss_mask: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """One tokenised dialogue for offline reinforcement learning. ``action_mask[t]``: token t is the agent's;
+    ``rewards[t]``: what was given for it, 0 for tokens that are no actions."""
+
+    token_ids: tuple[int, ...]
+    action_mask: tuple[bool, ...]
+    rewards: tuple[float, ...]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from nemo_rlhf.losses.ilql import ilql_loss
 from nemo_rlhf.losses.ppo import policy_loss, value_loss
 from nemo_rlhf.losses.sft import sft_loss
 
@@ -282,3 +284,89 @@ def test_enormous_log_ratio_stays_finite():
     assert loss.item() == pytest.approx(math.exp(20), rel=1e-6)
     assert torch.isfinite(new.grad).all()
     assert all(torch.isfinite(value) for value in metrics.values())
+
+
+# ---- ILQL
+
+ILQL = {"tau": 0.7, "gamma": 0.9, "beta": 0.5, "cql_scale": 0.1, "awac_scale": 0.8}
+
+
+def ilql_inputs(num_heads: int = 2, seed: int = 0) -> dict[str, Any]:
+    """Logits of three dialogues of 1, 4 and 2 actions over 5 tokens; double, with gradient where there is one."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    return {
+        "q": [draw(7, 5).requires_grad_() for _ in range(num_heads)],
+        "target_q": [draw(7, 5) for _ in range(num_heads)],
+        "values": draw(7).requires_grad_(),
+        "logits": draw(7, 5).requires_grad_(),
+        "actions": torch.tensor([0, 3, 1, 4, 2, 2, 0]),
+        "rewards": draw(7),
+        "is_last": torch.tensor([True, False, False, False, True, False, True]),
+    }
+
+
+def ilql_by_action(x: dict[str, Any], returns: list[float] | None) -> tuple[torch.Tensor, dict[str, float]]:
+    """The paper's sums, one action at a time."""
+    total = torch.zeros((), dtype=torch.float64)
+    sums = dict.fromkeys(("loss/q", "loss/v", "loss/cql", "loss/awac"), 0.0)
+    for t, action in enumerate(x["actions"].tolist()):
+        v = x["values"][t]
+        q_hat = min(float(head[t, action]) for head in x["target_q"])
+        next_v = 0.0 if x["is_last"][t] else float(x["values"][t + 1].detach())
+        target = float(x["rewards"][t]) + ILQL["gamma"] * next_v if returns is None else returns[t]
+        l_q = sum((head[t, action] - target) ** 2 for head in x["q"])
+        weight = 1 - ILQL["tau"] if q_hat < float(v.detach()) else ILQL["tau"]
+        l_v = weight * (q_hat - v) ** 2
+        l_cql = sum(-torch.log_softmax(head[t], -1)[action] for head in x["q"])
+        l_awac = -torch.log_softmax(x["logits"][t], -1)[action] * math.exp(ILQL["beta"] * (q_hat - float(v.detach())))
+        total = total + l_q + l_v + ILQL["cql_scale"] * l_cql + ILQL["awac_scale"] * l_awac
+        for name, part in zip(sums, (l_q, l_v, l_cql, l_awac), strict=True):
+            sums[name] += float(part.detach())
+    return total / 11.0, sums
+
+
+def ilql_by_tensor(x: dict[str, Any], returns: list[float] | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    taken = x["actions"][:, None]
+    return ilql_loss(
+        [head.gather(-1, taken)[:, 0] for head in x["q"]],
+        [head.logsumexp(-1) for head in x["q"]],
+        [head.gather(-1, taken)[:, 0] for head in x["target_q"]],
+        x["values"],
+        torch.log_softmax(x["logits"], -1).gather(-1, taken)[:, 0],
+        x["rewards"],
+        x["is_last"],
+        returns=None if returns is None else torch.tensor(returns, dtype=torch.float64),
+        normalizer=11.0,
+        **ILQL,
+    )
+
+
+@pytest.mark.parametrize("num_heads", [1, 2])
+@pytest.mark.parametrize("returns", [None, [0.5, -1.0, 2.0, 0.0, 1.0, 3.0, -2.0]])
+def test_ilql_loss_and_gradients_by_action(num_heads: int, returns: list[float] | None) -> None:
+    for seed in range(3):
+        x, y = ilql_inputs(num_heads, seed), ilql_inputs(num_heads, seed)
+        expected, parts = ilql_by_action(x, returns)
+        loss, sums = ilql_by_tensor(y, returns)
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+        for name, part in parts.items():
+            assert float(sums[name]) == pytest.approx(part, rel=1e-12)
+        expected.backward()
+        loss.backward()
+        for left, right in zip([*x["q"], x["values"], x["logits"]], [*y["q"], y["values"], y["logits"]], strict=True):
+            torch.testing.assert_close(right.grad, left.grad, rtol=1e-12, atol=1e-14)
+
+
+def test_ilql_metrics_are_sums_over_actions() -> None:
+    x = ilql_inputs()
+    _, sums = ilql_by_tensor(x, None)
+    taken = x["actions"][:, None]
+    q_hat = torch.minimum(*(head.gather(-1, taken)[:, 0] for head in x["target_q"]))
+    assert float(sums["q/target"]) == pytest.approx(float(q_hat.sum()))
+    assert float(sums["v/mean"]) == pytest.approx(float(x["values"].sum()))
+    assert float(sums["advantage/mean"]) == pytest.approx(float((q_hat - x["values"]).sum()))
+    assert float(sums["awac_weight/mean"]) == pytest.approx(float((0.5 * (q_hat - x["values"])).exp().sum()))

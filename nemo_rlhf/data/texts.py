@@ -41,7 +41,7 @@ def read_texts(source: Source, tokenizer: Any, max_sequence_length: int, train_o
     texts: list[Text] = []
     num_cut_prompts = num_cut_responses = 0
     for where, record in read_records(source, "text"):
-        token_ids, learned = _tokenize(where, record, tokenizer)
+        token_ids, learned = _join(pieces_of(where, record, tokenizer))
         token_ids, learned, cut_prompt, cut_response = _fit(token_ids, learned, max_sequence_length, tokenizer)
         num_cut_prompts += cut_prompt
         num_cut_responses += cut_response
@@ -72,7 +72,8 @@ class TextStream:
         return [self._texts[index] for index in self._order.batch(step, self._global_batch_size)]
 
 
-def _tokenize(where: str, record: Any, tokenizer: Any) -> tuple[list[int], list[bool]]:
+def pieces_of(where: str, record: Any, tokenizer: Any) -> list[Piece]:
+    """The pieces of a record in one of the forms of ``read_texts``: every stretch that is learned is one of them."""
     if isinstance(record, (list, tuple)):
         pieces = _dialogue(where, record, tokenizer)
     elif isinstance(record, str):
@@ -92,7 +93,7 @@ def _tokenize(where: str, record: Any, tokenizer: Any) -> tuple[list[int], list[
     last, _ = pieces[-1]  # every form ends in what is learned
     if not last or last[-1] != tokenizer.eos_token_id:
         last.append(tokenizer.eos_token_id)
-    return _join(pieces)
+    return pieces
 
 
 def _prompt_and_response(where: str, prompt: Any, response: Any, tokenizer: Any) -> list[Piece]:
@@ -130,8 +131,8 @@ def _check_text(where: str, what: str, text: Any) -> None:
         raise ValueError(f"{where}: the {what} is empty.")
 
 
-def _chat(where: str, messages: Any, tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Tokens of a chat in the tokenizer's template, and which of them the assistant says."""
+def _chat(where: str, messages: Any, tokenizer: Any) -> list[Piece]:
+    """A chat in the tokenizer's template; the assistant's turns are learned."""
     whole = render_chat(tokenizer, messages, where, generation_prompt=False)
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError(f"{where} have no turn of the assistant to learn.")
@@ -145,7 +146,7 @@ def _chat(where: str, messages: Any, tokenizer: Any) -> tuple[list[int], list[bo
         pieces.extend([(turn, True)] if is_marked else _up_to_eos(turn, tokenizer.eos_token_id))
         done = end
     pieces.append((encode(tokenizer, whole[done:], start=False), False))
-    return _join(pieces)
+    return pieces
 
 
 def _marked_turns(messages: Sequence[Any], tokenizer: Any) -> list[tuple[int, int]]:

@@ -1,0 +1,173 @@
+"""Scored dialogues for offline reinforcement learning: read and tokenised once, with a reward for each action."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from nemo_rlhf.data.records import Source, missing_field, read_records
+from nemo_rlhf.data.texts import Piece, pieces_of
+from nemo_rlhf.types import Dialogue
+
+TooLong = Literal["truncate", "refuse"]
+
+
+def read_dialogues(
+    source: Source,
+    tokenizer: Any,
+    max_sequence_length: int,
+    *,
+    rewards: Sequence[Any] | None = None,
+    too_long: TooLong = "truncate",
+) -> list[Dialogue]:
+    """Dialogues from a jsonl file, a ``datasets`` directory or a sequence of records.
+
+    A record is ``{"turns": [prompt, output, prompt, output, ...], "rewards"}``, or one of the forms of ``read_texts``
+    with "reward" or "rewards" beside it; what is learned there are the agent's tokens here. ``rewards`` gives those of
+    a sequence of records that have none themselves. They are one number for the whole dialogue, a list of one for each
+    of the agent's turns, or a list of one for each of its tokens; a number falls on the last token of what it is for.
+
+    ``too_long``: what becomes of a dialogue of more than ``max_sequence_length`` tokens. "truncate" takes whole turns
+    from its start (a first token that is BOS stays) and leaves out a dialogue whose last turn alone is too long; one
+    warning says how many. "refuse" raises.
+
+    Raises:
+        ValueError: names the record that is none of these, has no or the wrong number of rewards, or one that is not a
+            finite number.
+    """
+    records = list(read_records(source, "dialogue"))
+    if rewards is not None and len(rewards) != len(records):
+        raise ValueError(
+            f"There are {len(records)} samples and {len(rewards)} rewards: give one reward, or list, a sample."
+        )
+    dialogues = []
+    num_cut = num_lost = 0
+    for index, (where, record) in enumerate(records):
+        given = _rewards_of(where, record) if rewards is None else rewards[index]
+        pieces = _pieces(where, record, tokenizer)
+        scored = _score(where, pieces, given)
+        if sum(len(ids) for ids, _ in pieces) > max_sequence_length:
+            if too_long == "refuse":
+                raise ValueError(
+                    f"{where} has {sum(len(ids) for ids, _ in pieces)} tokens and data.max_sequence_length is "
+                    f"{max_sequence_length}: raise the limit, shorten it, or set data.too_long=truncate."
+                )
+            pieces, scored = _shorten(pieces, scored, max_sequence_length, tokenizer)
+            num_cut, num_lost = num_cut + bool(pieces), num_lost + (not pieces)
+        if pieces:
+            dialogues.append(_join(pieces, scored))
+    if num_cut or num_lost:
+        warnings.warn(
+            f"Of {len(records)} dialogues, {num_cut} lost their first turns to data.max_sequence_length="
+            f"{max_sequence_length}, and {num_lost} were left out because their last turn alone is longer.",
+            stacklevel=2,
+        )
+    if not dialogues:
+        raise ValueError(f"No dialogue is left within data.max_sequence_length={max_sequence_length}: raise it.")
+    return dialogues
+
+
+def standardise(dialogues: Sequence[Dialogue]) -> list[Dialogue]:
+    """The dialogues with rewards scaled so that totals have standard deviation 1; and mean 0, as in trlX, where every
+    reward falls on a dialogue's last action. Elsewhere a shift would reward longer dialogues, or shorter ones.
+
+    Warns, and leaves them as they are, where all totals are equal: there is nothing to learn from them.
+    """
+    totals = [sum(dialogue.rewards) for dialogue in dialogues]
+    mean = sum(totals) / len(totals)
+    deviation = math.sqrt(sum((total - mean) ** 2 for total in totals) / len(totals))
+    if deviation <= 1e-12 * max(1.0, abs(mean)):
+        warnings.warn(f"All {len(totals)} dialogues have the same reward: there is nothing to learn.", stacklevel=2)
+        return list(dialogues)
+    lasts = [max(index for index, is_action in enumerate(d.action_mask) if is_action) for d in dialogues]
+    is_sparse = not any(any(d.rewards[:last]) for d, last in zip(dialogues, lasts, strict=True))
+    shift = mean / deviation if is_sparse else 0.0
+    return [
+        replace(d, rewards=tuple(r / deviation - (shift if i == last else 0.0) for i, r in enumerate(d.rewards)))
+        for d, last in zip(dialogues, lasts, strict=True)
+    ]
+
+
+def _rewards_of(where: str, record: Any) -> Any:
+    if not isinstance(record, dict):
+        raise ValueError(f'{where} is a {type(record).__name__}, and must be an object with "reward" or "rewards".')
+    found = [record[name] for name in ("reward", "rewards") if record.get(name) is not None]
+    if not found:
+        raise missing_field(where, record, ("reward", "rewards"))
+    if len(found) > 1:
+        raise ValueError(f'{where} has both "reward" and "rewards": give one of them.')
+    return found[0]
+
+
+def _pieces(where: str, record: Any, tokenizer: Any) -> list[Piece]:
+    if isinstance(record, dict) and record.get("turns") is not None:
+        if not isinstance(record["turns"], (list, tuple)):
+            raise ValueError(f'{where}: "turns" is a {type(record["turns"]).__name__}, and must be a list of texts.')
+        record = record["turns"]
+    pieces = [piece for piece in pieces_of(where, record, tokenizer) if piece[0]]
+    if pieces[0][1]:  # the first token has no state before it
+        (ids, _), *others = pieces
+        pieces = [(ids[:1], False), *([(ids[1:], True)] if ids[1:] else []), *others]
+    if not any(is_action for _, is_action in pieces):
+        raise ValueError(f"{where} has no token of the agent after its first: there is nothing to learn.")
+    return pieces
+
+
+def _score(where: str, pieces: Sequence[Piece], given: Any) -> list[list[float]]:
+    """Rewards of each piece's tokens."""
+    scored = [[0.0] * len(ids) for ids, _ in pieces]
+    turns = [index for index, (_, is_action) in enumerate(pieces) if is_action]
+    if not isinstance(given, (list, tuple)):
+        scored[turns[-1]][-1] = _number(where, given)
+        return scored
+    values = [_number(where, value) for value in given]
+    num_tokens = sum(len(pieces[turn][0]) for turn in turns)
+    if len(values) == len(turns):
+        for turn, value in zip(turns, values, strict=True):
+            scored[turn][-1] = value
+    elif len(values) == num_tokens:
+        for turn in turns:
+            scored[turn] = values[: len(scored[turn])]
+            values = values[len(scored[turn]) :]
+    else:
+        raise ValueError(
+            f"{where} has {len(values)} rewards, and {len(turns)} turns and {num_tokens} tokens of the agent (EOS "
+            "included): give one number, one a turn or one a token."
+        )
+    return scored
+
+
+def _number(where: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{where}: the reward {value!r} is not a number.") from None
+    if isinstance(value, (str, bool)) or not math.isfinite(number):
+        raise ValueError(f"{where}: the reward {value!r} is not a finite number.")
+    return number
+
+
+def _shorten(
+    pieces: list[Piece], scored: list[list[float]], limit: int, tokenizer: Any
+) -> tuple[list[Piece], list[list[float]]]:
+    """Without as many turns at the start as do not fit, both sides' together; nothing where the last does not fit."""
+    has_bos = pieces[0][0][0] == tokenizer.bos_token_id
+    while sum(len(ids) for ids, _ in pieces) + has_bos > limit:
+        first = next(index for index, (_, is_action) in enumerate(pieces) if is_action)
+        pieces, scored = pieces[first + 1 :], scored[first + 1 :]
+        if not any(is_action for _, is_action in pieces) or pieces[0][1]:
+            return [], []
+    if has_bos:
+        pieces, scored = [([tokenizer.bos_token_id], False), *pieces], [[0.0], *scored]
+    return pieces, scored
+
+
+def _join(pieces: Sequence[Piece], scored: Sequence[Sequence[float]]) -> Dialogue:
+    return Dialogue(
+        token_ids=tuple(token for ids, _ in pieces for token in ids),
+        action_mask=tuple(is_action for ids, is_action in pieces for _ in ids),
+        rewards=tuple(reward for rewards in scored for reward in rewards),
+    )
