@@ -1,11 +1,12 @@
-"""Find the shortest way through a graph: PPO on random walks, the small task that RLHF libraries are compared on.
+"""Find the shortest way through a graph: random walks, the small task that RLHF libraries are compared on.
 
-    python examples/randomwalks.py [--out runs/randomwalks] [--tp 1] [--seed 0] [--steps 40]
+    python examples/randomwalks.py [--algorithm ppo|ilql] [--out runs/randomwalks] [--tp 1] [--seed 0] [--steps N]
 
 A graph of 21 nodes, named a to u, has random edges; node a is the goal. The model first learns 1000 random walks of at
 most 10 nodes by heart (SFT), which reach the goal late or never, and then, with PPO, to get there as fast as the graph
-allows. A walk's optimality is ``(10 - length) / (10 - shortest)``: 1 for the shortest way, 0 for one that takes 10
-nodes, uses an edge that is not there, or never arrives. Everything runs on a CPU in a few minutes.
+allows. With ILQL it learns from the walks and their scores alone, without ever trying one. A walk's optimality is
+``(10 - length) / (10 - shortest)``: 1 for the shortest way, 0 for one that takes 10 nodes, uses an edge that is not
+there, or never arrives. Everything runs on a CPU in a few minutes.
 """
 
 from __future__ import annotations
@@ -116,19 +117,11 @@ def write_model(directory: Path) -> Path:
     return directory
 
 
-def train(out: Path, tensor_parallel: int, seed: int, steps: int) -> dict[str, float]:
+def train_ppo(out: Path, shared: list[str], seed: int, steps: int) -> dict[str, float]:
     """SFT on the walks, then PPO; returns the metrics of PPO's last step, ``val/optimality`` among them."""
     import nemo_rlhf
 
-    task = make_task()
-    model = out / "model"
-    if not (model / "config.json").is_file():
-        write_model(model)
-    shared = [
-        f"seed={seed}",
-        f"trainer.devices={tensor_parallel}",
-        f"model.tensor_model_parallel_size={tensor_parallel}",
-    ]
+    task, model = make_task(), model_in(out)
     sft = nemo_rlhf.train(
         model,
         samples=list(task.walks),
@@ -182,16 +175,70 @@ def train(out: Path, tensor_parallel: int, seed: int, steps: int) -> dict[str, f
     return dict(ppo.metrics)
 
 
+def train_ilql(out: Path, shared: list[str], seed: int, steps: int) -> dict[str, float]:
+    """ILQL from scratch on the walks and their optimality (trlX's recipe); returns the metrics of its last step."""
+    import nemo_rlhf
+
+    task, model = make_task(), model_in(out)
+    result = nemo_rlhf.train(
+        model,
+        samples=list(task.walks),
+        rewards=optimality(task, list(task.walks)),
+        eval_prompts=task.starts * (1000 // len(task.starts)),
+        metric_fn=lambda samples, **_: {"optimality": optimality(task, samples)},
+        config=nemo_rlhf.config(
+            "ilql",
+            overrides=[
+                *shared,
+                f"exp_manager.explicit_log_dir={out / 'ilql'}",
+                f"trainer.max_steps={steps}",
+                "trainer.val_check_interval=20",
+                "exp_manager.checkpoint_callback_params.monitor='val/optimality@beta=100.0'",
+                "exp_manager.checkpoint_callback_params.mode=max",
+                "model.init=random",
+                "model.global_batch_size=100",
+                "model.micro_batch_size=100",
+                "model.optim.lr=2e-4",
+                "ilql.tau=0.8",
+                "ilql.alpha=0.1",
+                "generation.beta=[0,1,100]",
+                "generation.top_k=10",
+                "generation.max_new_tokens=9",
+                "generation.num_slots=128",
+                f"generation.seed={seed}",
+                "generation.validation.temperature=1.0",
+            ],
+        ),
+    )
+    return dict(result.metrics)
+
+
+def model_in(out: Path) -> Path:
+    model = out / "model"
+    return model if (model / "config.json").is_file() else write_model(model)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="PPO learns the shortest ways through a graph.")
+    parser = argparse.ArgumentParser(description="Learn the shortest ways through a graph.")
+    parser.add_argument("--algorithm", choices=("ppo", "ilql"), default="ppo")
     parser.add_argument("--out", type=Path, default=Path("runs/randomwalks"), help="directory of the runs")
     parser.add_argument("--tp", type=int, default=1, help="tensor parallel size, in as many processes")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data order and sampling")
-    parser.add_argument("--steps", type=int, default=40, help="PPO iterations, of 4 updates each")
+    parser.add_argument("--steps", type=int, help="PPO iterations of 4 updates each (40), or ILQL updates (200)")
     options = parser.parse_args()
-    metrics = train(options.out, options.tp, options.seed, options.steps)
+    shared = [
+        f"seed={options.seed}",
+        f"trainer.devices={options.tp}",
+        f"model.tensor_model_parallel_size={options.tp}",
+    ]
+    if options.algorithm == "ppo":
+        metrics = train_ppo(options.out, shared, options.seed, options.steps or 40)
+    else:
+        metrics = train_ilql(options.out, shared, options.seed, options.steps or 200)
     if os.environ.get("RANK", "0") == "0":
-        print(f"optimality {metrics['val/optimality']:.3f} after {options.steps} iterations")
+        for name, value in metrics.items():
+            if name.startswith("val/optimality"):
+                print(f"{name.removeprefix('val/')} {value:.3f}")
 
 
 if __name__ == "__main__":

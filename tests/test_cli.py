@@ -35,7 +35,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         setattr(run, name, recorder(name, 75 if name == "run_ppo" else 0))
     convert = types.ModuleType("nemo_rlhf.convert")
     for name in ("import_hf", "export_hf"):
-        setattr(convert, name, recorder(name))
+        setattr(convert, name, recorder(name, name))
     monkeypatch.setitem(sys.modules, "nemo_rlhf.cli.run", run)
     # the real one would start this test session once per device
     monkeypatch.setattr("nemo_rlhf.cli.launch_if_needed", lambda *sizes: None)
@@ -57,7 +57,9 @@ def wrong(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return err
 
 
-@pytest.mark.parametrize("command", ["", "sft", "ppo", "generate", "report", "convert", "convert import"])
+@pytest.mark.parametrize(
+    "command", ["", "sft", "ppo", "generate", "report", "convert", "convert import", "convert verify"]
+)
 def test_help_shows_an_example_and_exit_codes(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*command.split(), "--help"])
@@ -93,12 +95,15 @@ def test_generate_and_convert(calls: list[Any], capsys: pytest.CaptureFixture[st
     overrides = ["generation.top_k=4", "trainer.devices=2"]
     assert main(["generate", "dir", overrides[0], "--prompts", "p", "--out", "o", overrides[1]]) == 0
     assert main(["convert", "import", "hf", "ckpt"]) == 0
-    assert main(["convert", "export", "ckpt", "hf", "--max-shard-size", "1GB"]) == 0
+    assert main(["convert", "export", "ckpt", "hf", "--max-shard-size", "1GB", "--force", "--workers", "3"]) == 0
     (_, generate), *others = calls
     assert isinstance(generate, GenerateConfig) and generate.out == "o" and generate.data.prompts == "p"
     assert (generate.model.restore_from, generate.generation.top_k, generate.trainer.devices) == ("dir", 4, 2)
-    assert others == [("import_hf", "hf", "ckpt"), ("export_hf", "ckpt", "hf", ("max_shard_size", "1GB"))]
-    assert capsys.readouterr().out == "ckpt\nhf\n"
+    assert others == [
+        ("import_hf", "hf", "ckpt", ("force", False), ("workers", 1)),
+        ("export_hf", "ckpt", "hf", "1GB", ("force", True), ("workers", 3)),
+    ]
+    assert capsys.readouterr().out == "import_hf\nexport_hf\n"
 
 
 def test_paths_of_generate_may_hold_anything(calls: list[Any]) -> None:

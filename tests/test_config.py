@@ -11,7 +11,17 @@ import yaml
 from omegaconf import OmegaConf
 
 import nemo_rlhf.config
-from nemo_rlhf.config import GenerateConfig, PPOConfig, SFTConfig, config_directory, dump, load, quoted, sampling_sweep
+from nemo_rlhf.config import (
+    GenerateConfig,
+    ILQLConfig,
+    PPOConfig,
+    SFTConfig,
+    config_directory,
+    dump,
+    load,
+    quoted,
+    sampling_sweep,
+)
 from nemo_rlhf.config.load import nearest_key, schema_keys
 from nemo_rlhf.config.schema import COMMANDS, REQUIRED
 from nemo_rlhf.config.validate import CHOICES, RANGES
@@ -243,7 +253,8 @@ def test_warns_of_truncated_rollouts() -> None:
 def test_sampling_without_sweep() -> None:
     rollout, variants = sampling_sweep(ppo("generation.temperature=1", "generation.seed=3").generation)
     assert rollout == {
-        "max_new_tokens": 256, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 3, "stop": (), "ignore_eos": False
+        "max_new_tokens": 256, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 3, "beta": 0.0, "stop": (),
+        "ignore_eos": False, "adv_clip": None,
     }  # fmt: skip
     assert isinstance(rollout["temperature"], float)
     assert variants == [("", {**rollout, "temperature": 0.0})]
@@ -276,7 +287,7 @@ def test_dump_is_read_back(tmp_path: Path) -> None:
 
 def test_module_can_be_called_and_knows_its_commands() -> None:
     assert nemo_rlhf.config("sft", overrides=required("sft")) == load("sft", required("sft"))  # type: ignore[operator]
-    with pytest.raises(ValueError, match="choose one of ppo, sft, generate"):
+    with pytest.raises(ValueError, match="choose one of ppo, sft, ilql, generate"):
         load("dpo")
 
 
@@ -296,3 +307,23 @@ def test_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def ilql(*overrides: str) -> ILQLConfig:
+    return load("ilql", [*required("ilql"), *overrides])
+
+
+def test_ilql_sweeps_beta_in_validation() -> None:
+    cfg = ilql("generation.beta=[0,1,100]", "generation.adv_clip=5")
+    rollout, variants = sampling_sweep(cfg.generation)
+    assert rollout["beta"] == 0.0 and rollout["adv_clip"] == 5.0
+    assert [suffix for suffix, _ in variants] == ["@beta=0.0", "@beta=1.0", "@beta=100.0"]
+    assert [settings["beta"] for _, settings in variants] == [0.0, 1.0, 100.0]
+
+
+def test_ilql_rules() -> None:
+    assert "between 0 and 1" in refused("ilql.tau=1.5", command="ilql")
+    assert "choose one of td, mc" in refused("ilql.target=mcts", command="ilql")
+    assert "data.validation_prompts is null" in refused("reward.function=a.b:c", command="ilql")
+    assert "which PPO's policy has not" in refused("generation.beta=1")
+    assert "which PPO's policy has not" in refused("generation.validation.beta=[0,1]")

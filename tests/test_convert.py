@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from nemo_rlhf.config.architecture import Architecture
 from nemo_rlhf.convert.checkpoint import CheckpointSource
 from nemo_rlhf.convert.families import architecture_of, weight_map
-from nemo_rlhf.convert.load import init_value_head
+from nemo_rlhf.convert.load import init_heads
 from nemo_rlhf.convert.locate import read_architecture, resolve_restore_from
 from nemo_rlhf.convert.mapping import Cut, whole
 from nemo_rlhf.convert.source import RandomSource, normal, open_hf
@@ -414,7 +414,7 @@ def test_critic_starts_from_a_language_model(
             convert_worker.values(str(path), TOKENS, seed=6), one_rank["untied_default_ungrouped/values"]
         )
     model = build_gpt(read_architecture(origin), role="critic")
-    init_value_head(model)
+    init_heads(model, seed=1)
     assert not model.value_head.weight.any()
     head = normal("value_head.weight", 6, (1, 32))[0]
     hidden = AutoModelForCausalLM.from_pretrained(origin)(TOKENS, output_hidden_states=True).hidden_states[-1]

@@ -13,9 +13,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from nemo_rlhf.data.batches import pad_samples, pad_texts, pad_tokens
-from nemo_rlhf.data.order import Order
-from nemo_rlhf.data.prompts import PromptStream, read_prompts
-from nemo_rlhf.data.texts import TextStream, read_texts
+from nemo_rlhf.data.order import Order, Stream
+from nemo_rlhf.data.prompts import read_prompts
+from nemo_rlhf.data.texts import read_texts
 from nemo_rlhf.data.tokenizer import fingerprint, load_tokenizer
 from nemo_rlhf.types import Prompt, Sample, Text
 
@@ -226,12 +226,12 @@ def test_unshuffled_order_wraps_around():
 
 def test_streams_hand_out_records(plain):
     prompts = read_prompts(["a", "b", "c"], plain, 4)
-    batch = PromptStream(prompts, num_prompts=7, seed=1, shuffle=True).batch(2)
+    batch = Stream(prompts, batch_size=7, seed=1, shuffle=True).batch(2)
     assert len(batch) == 7
-    assert PromptStream(prompts, num_prompts=7, seed=1).batch(2) == batch
-    assert PromptStream(prompts, 2, seed=0, shuffle=False).batch(1) == [prompts[2], prompts[0]]
+    assert Stream(prompts, batch_size=7, seed=1).batch(2) == batch
+    assert Stream(prompts, 2, seed=0, shuffle=False).batch(1) == [prompts[2], prompts[0]]
     texts = read_texts(["a b", "b c", "c d"], plain, 8, "all")
-    assert TextStream(texts, global_batch_size=2, seed=0, shuffle=False).batch(1) == [texts[2], texts[0]]
+    assert Stream(texts, batch_size=2, seed=0, shuffle=False).batch(1) == [texts[2], texts[0]]
 
 
 # ---- texts

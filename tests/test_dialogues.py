@@ -111,17 +111,17 @@ def test_samples_and_rewards_are_as_many(plain: Any) -> None:
 def test_standardising_shifts_only_rewards_at_the_end(plain: Any) -> None:
     totals = [1.0, 2.0, 6.0]
     sparse = read_dialogues([["a", "b"]] * 3, plain, 8, rewards=totals)
-    scaled = [sum(d.rewards) for d in standardise(sparse)]
-    assert scaled == pytest.approx([-0.92582, -0.46291, 1.38873], abs=1e-5)
-    assert all(d.rewards[:-1] == (0.0, 0.0) for d in standardise(sparse))
+    ours, others = standardise(sparse, sparse[2:])
+    assert [sum(d.rewards) for d in ours] == pytest.approx([-0.92582, -0.46291, 1.38873], abs=1e-5)
+    assert all(d.rewards[:-1] == (0.0, 0.0) for d in ours) and others == ours[2:]
     dense = read_dialogues([["a", "b", "a", "c"]] * 2, plain, 8, rewards=[[-1, -1], [-1, 1]])
-    assert [[r for _, r in actions(d)] for d in standardise(dense)] == [[-1, 0, -1], [-1, 0, 1]]
+    assert [[r for _, r in actions(d)] for d in standardise(dense)[0]] == [[-1, 0, -1], [-1, 0, 1]]
 
 
 def test_equal_rewards_teach_nothing(plain: Any) -> None:
     same = read_dialogues([["a", "b"]] * 3, plain, 8, rewards=[0.1, 0.1, 0.1])
     with pytest.warns(UserWarning, match="All 3 dialogues have the same reward: there is nothing to learn"):
-        assert standardise(same) == same
+        assert standardise(same) == [same]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         standardise(read_dialogues([["a", "b"]] * 2, plain, 8, rewards=[0.1, 0.2]))

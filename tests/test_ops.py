@@ -12,6 +12,7 @@ from torch import Tensor
 from nemo_rlhf.ops.gae import gae
 from nemo_rlhf.ops.kl import kl_estimate, next_kl_coef
 from nemo_rlhf.ops.masks import masked_mean, masked_sum, mean_and_variance, moments, whiten
+from nemo_rlhf.ops.returns import discounted_returns
 from nemo_rlhf.ops.rewards import last_positions, token_rewards
 from nemo_rlhf.ops.scaling import ScoreStatistics, scale_scores, update_statistics
 from nemo_rlhf.ops.stats import explained_variance, mean_and_std
@@ -281,3 +282,11 @@ def test_mean_and_std():
         pytest.approx(3.0),
         pytest.approx(math.sqrt(8 / 3)),
     )
+
+
+def test_discounted_returns_by_action() -> None:
+    """Actions are not contiguous; what lies between them takes no time."""
+    mask = torch.tensor([[False, True, True, False, True], [True, False, False, False, False]])
+    rewards = torch.tensor([[9.0, 1.0, 2.0, 9.0, 4.0], [3.0, 9.0, 9.0, 9.0, 9.0]])
+    expected = torch.tensor([[0.0, 1 + 0.5 * (2 + 0.5 * 4), 2 + 0.5 * 4, 0.0, 4.0], [3.0, 0, 0, 0, 0]])
+    assert torch.equal(discounted_returns(rewards, mask, 0.5), expected)

@@ -155,7 +155,9 @@ def zero(outputs: list[str], **rest: Any) -> list[float]:
     [
         ({}, "either reward_fn and prompts, for PPO, or samples"),
         ({"reward_fn": zero, "prompts": ["a"], "samples": ["b"]}, "either reward_fn and prompts, for PPO, or samples"),
-        ({"samples": ["a"], "rewards": [1.0]}, "offline reinforcement learning"),
+        ({"rewards": [1.0]}, "needs samples, whose rewards they are"),
+        ({"samples": ["a"], "rewards": [1.0], "prompts": ["b"]}, "has no use for prompts"),
+        ({"samples": ["a"], "rewards": [1.0], "eval_samples": ["b"]}, "has no use for eval_samples"),
         ({"reward_fn": zero}, "needs prompts"),
         ({"reward_fn": zero, "prompts": ["a"], "eval_samples": ["b"]}, "has no use for eval_samples"),
         ({"samples": ["a"], "stop_sequences": ["b"]}, "has no use for stop_sequences"),

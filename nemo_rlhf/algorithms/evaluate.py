@@ -91,13 +91,14 @@ def evaluate(
     engine: Engine,
     prompts: Sequence[Prompt],
     variants: Sequence[tuple[str, dict[str, Any]]],
-    reward_fn: RewardFunction,
+    reward_fn: RewardFunction | None,
     metric_fn: Callable[..., dict[str, Any]] | None,
     tokenizer: Any,
     mode: str,
 ) -> Metrics:
-    """``val/reward``, ``val/response_length`` and ``val/<name>`` of what ``metric_fn`` returns, for each variant of
-    sampling, named by its suffix. In a sweep the plain names are those of the best variant by reward (``mode``).
+    """``val/reward`` (where there is a reward function), ``val/response_length`` and ``val/<name>`` of what
+    ``metric_fn`` returns, for each variant of sampling, named by its suffix. In a sweep the plain names are those of
+    the best variant by reward (``mode``), or of the first.
 
     Raises:
         ValueError: reward or metric function failed.
@@ -105,20 +106,24 @@ def evaluate(
     by_suffix: dict[str, Metrics] = {}
     requests = make_requests(prompts, 1, _VALIDATION_INDEX)
     for suffix, values in variants:
-        scored, _ = sample_and_score(engine, requests, SamplingParams(**values), reward_fn, tokenizer)
-        samples = scored.rollout.samples
-        totals = scored.scores.clone()
-        for row, rewards in enumerate(scored.token_rewards or ()):
-            totals[row] += rewards.sum()
-        metrics = {
-            "val/reward": float(totals.mean()),
-            "val/response_length": sum(len(sample.response_ids) for sample in samples) / len(samples),
-        }
+        sampling = SamplingParams(**values)
+        metrics = {}
+        if reward_fn is None:
+            rollout = Rollout(sample(engine, requests, sampling))
+        else:
+            scored, _ = sample_and_score(engine, requests, sampling, reward_fn, tokenizer)
+            rollout, totals = scored.rollout, scored.scores.clone()
+            for row, rewards in enumerate(scored.token_rewards or ()):
+                totals[row] += rewards.sum()
+            metrics["val/reward"] = float(totals.mean())
+        lengths = [len(sample.response_ids) for sample in rollout.samples]
+        metrics["val/response_length"] = sum(lengths) / len(lengths)
         if metric_fn is not None:
-            whole = _on_leaders(partial(call_metric, metric_fn, scored.rollout, tokenizer))[0]
+            whole = _on_leaders(partial(call_metric, metric_fn, rollout, tokenizer))[0]
             metrics |= {f"val/{name}": value for name, value in whole.items()}
         by_suffix[suffix] = metrics
-    best = (max if mode == "max" else min)(by_suffix.values(), key=lambda metrics: metrics["val/reward"])
+    choose = max if mode == "max" else min
+    best = choose(by_suffix.values(), key=lambda metrics: metrics.get("val/reward", 0.0))
     named = {f"{name}{suffix}": value for suffix, metrics in by_suffix.items() for name, value in metrics.items()}
     return {**best, **named}
 

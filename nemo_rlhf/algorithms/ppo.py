@@ -25,7 +25,7 @@ from nemo_rlhf.config.architecture import Architecture
 from nemo_rlhf.config.sampling import sampling_sweep
 from nemo_rlhf.config.schema import PPOConfig
 from nemo_rlhf.data.batches import pad_samples
-from nemo_rlhf.data.prompts import PromptStream
+from nemo_rlhf.data.order import Stream
 from nemo_rlhf.generation.engine import Engine
 from nemo_rlhf.generation.sampling import SamplingParams
 from nemo_rlhf.losses.ppo import policy_loss, value_loss
@@ -71,7 +71,7 @@ class PPO(Algorithm):
         run_dir = Path(config.exp_manager.explicit_log_dir)
         super().__init__(run_dir, config.trainer.max_steps, interval, inputs.tokenizer, inputs.tokenizer_dir)
         self.config, self.inputs = config, inputs
-        self.prompts = PromptStream(inputs.prompts, config.ppo.num_prompts, config.seed, config.data.shuffle)
+        self.prompts = Stream(inputs.prompts, config.ppo.num_prompts, config.seed, config.data.shuffle)
         rollout_sampling, self.validations = sampling_sweep(config.generation)
         self.sampling = SamplingParams(**rollout_sampling)
         self.kl_coef = config.ppo.kl.coef

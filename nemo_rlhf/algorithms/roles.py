@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nemo_rlhf.config.schema import ModelConfig
-from nemo_rlhf.convert.load import init_value_head, load_weights, open_source
+from nemo_rlhf.convert.load import HEADS, init_heads, load_weights, open_source
 from nemo_rlhf.convert.locate import TOKENIZER, read_architecture, resolve_restore_from, tokenizer_directory
 from nemo_rlhf.convert.source import RandomSource
 from nemo_rlhf.convert.transfer import copy_tokenizer
@@ -16,7 +16,6 @@ from nemo_rlhf.models.base import DTYPES, MegatronModel
 from nemo_rlhf.parallel import checkpoint
 
 Role = TypeVar("Role", bound=MegatronModel)
-_VALUE_HEAD = ("value_head.weight",)
 
 
 def open_tokenizer(config: ModelConfig) -> tuple[Any, Path]:
@@ -36,27 +35,34 @@ def open_tokenizer(config: ModelConfig) -> tuple[Any, Path]:
     return tokenizer, directory
 
 
-def open_role(kind: type[Role], config: ModelConfig, source: str, precision: str, seed: int) -> Role:
-    """A role with the weights of ``source``, or, with ``model.init=random``, of its architecture and ``seed``."""
-    architecture = read_architecture(source)
-    model = kind(config, architecture, precision)
-    random = config.init == "random" and source == config.restore_from
+def open_role(kind: type[Role], config: ModelConfig, source: str, precision: str, seed: int, **sizes: Any) -> Role:
+    """A role with the weights of ``source``, or, with ``model.init=random``, of its architecture and ``seed``. Heads
+    that the source does not have start anew; ``sizes`` are fields of ``Architecture`` that say how large they are.
+
+    Raises:
+        ValueError: there is no model, it does not fit the cut, or it lacks what the role needs.
+    """
+    stored = read_architecture(source)
+    if "value" in stored.heads and kind.role != "critic":
+        raise ValueError(f"{source} has a value head and no output layer: name a language model.")
+    has_heads = kind.heads != () and stored.heads == kind.heads
+    for name, value in sizes.items():
+        if has_heads and getattr(stored, name) != value:
+            raise ValueError(
+                f"the heads in {source} have {name}={getattr(stored, name)}, and {value} is asked for: use the sizes "
+                "that it was trained with."
+            )
+    dtype = str(DTYPES[precision]).removeprefix("torch.")
+    model = kind(config, replace(stored, **sizes, heads=kind.heads, dtype=dtype), precision)
     form, directory = resolve_restore_from(source)
-    if kind.role == "critic":
-        init_value_head(model.gpt)
-    if random:
-        load_weights(model.gpt, RandomSource(architecture, seed), architecture)
+    init_heads(model.gpt, seed)
+    if config.init == "random" and source == config.restore_from:
+        load_weights(model.gpt, RandomSource(stored, seed), stored)
     elif form == "hf":
-        load_weights(model.gpt, open_source(source), architecture)
+        load_weights(model.gpt, open_source(source), stored)
     else:
-        missing = _VALUE_HEAD if kind.role == "critic" and "value" not in architecture.heads else ()
+        missing = () if has_heads else [name for name, _ in model.gpt.named_parameters() if name.startswith(HEADS)]
         checkpoint.load_model(model.gpt, directory, missing=missing)
-    stored = replace(
-        architecture,
-        dtype=str(DTYPES[precision]).removeprefix("torch."),
-        heads=("value",) if kind.role == "critic" else (),
-    )
-    model.architecture = model.gpt.architecture = stored
     return model
 
 

@@ -15,16 +15,26 @@ from nemo_rlhf.algorithms.roles import open_role, save_role
 from nemo_rlhf.config.architecture import Architecture
 from nemo_rlhf.config.schema import SFTConfig
 from nemo_rlhf.data.batches import pad_texts
-from nemo_rlhf.data.texts import TextStream
+from nemo_rlhf.data.order import Stream
 from nemo_rlhf.losses.sft import sft_loss
 from nemo_rlhf.models.base import NonFiniteError
 from nemo_rlhf.models.policy import PolicyModel
 from nemo_rlhf.parallel import checkpoint
 from nemo_rlhf.parallel.gpt import GPT
-from nemo_rlhf.parallel.schedule import Microbatch
+from nemo_rlhf.parallel.schedule import Loss, Microbatch
 from nemo_rlhf.types import Text
 
 _VALIDATION_ROWS = 256  # texts that are padded together
+
+
+def token_loss(normalizer: int) -> Loss:
+    """The loss of a microbatch's selected tokens; ``normalizer`` as of ``sft_loss``."""
+
+    def loss(gpt: GPT, hidden: Tensor, batch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
+        logprobs, _ = gpt.vocab_logprobs(hidden, batch.tokens, batch.selected)
+        return sft_loss(logprobs, torch.ones_like(batch.selected, dtype=torch.bool), normalizer=normalizer)
+
+    return loss
 
 
 class SFT(Algorithm):
@@ -39,24 +49,25 @@ class SFT(Algorithm):
         validation_texts: Sequence[Text] = (),
     ) -> None:
         interval = config.trainer.val_check_interval if validation_texts else 0
-        run_dir = Path(config.exp_manager.explicit_log_dir)
-        super().__init__(run_dir, config.trainer.max_steps, interval, tokenizer, tokenizer_dir)
-        self.config, self.validation_texts = config, validation_texts
-        self.texts = TextStream(texts, config.model.global_batch_size, config.seed, config.data.shuffle)
+        run_dir, epochs = Path(config.exp_manager.explicit_log_dir), config.trainer.max_epochs
+        stream = Stream(texts, config.model.global_batch_size, config.seed, config.data.shuffle)
+        max_steps = config.trainer.max_steps if epochs is None else stream.num_steps(epochs)
+        super().__init__(run_dir, max_steps, interval, tokenizer, tokenizer_dir)
+        self.config, self.texts, self.validation_texts = config, stream, validation_texts
 
     def configure_model(self) -> None:
         model = self.config.model
         self.policy = open_role(PolicyModel, model, model.restore_from, self.config.trainer.precision, self.config.seed)
-        self.policy.make_trainable(model.optim, self.config.trainer.max_steps)
+        self.policy.make_trainable(model.optim, self.max_steps)
 
     def run_step(self, step: int) -> Metrics:
         timer = PhaseTimer()
         tokens, mask, lengths = self._batch(self.texts.batch(step))
         num_learned = int(mask.sum())
-        microbatches = self.policy.cut(tokens, mask, lengths, range(len(lengths)))
+        microbatches = self._microbatches(tokens, mask, lengths)
         with timer("update"):
             try:
-                sums, norm = self.policy.learn(microbatches, self._loss(num_learned))
+                sums, norm = self.policy.learn(microbatches, token_loss(num_learned))
             except NonFiniteError as error:
                 path = self.run_dir / f"bad_batch_step_{step + 1}.pt"
                 checkpoint.save_object({"tokens": tokens, "loss_mask": mask, "lengths": lengths}, path)
@@ -80,7 +91,7 @@ class SFT(Algorithm):
         total, learned = 0.0, 0
         for start in range(0, len(self.validation_texts), _VALIDATION_ROWS):
             tokens, mask, lengths = self._batch(self.validation_texts[start : start + _VALIDATION_ROWS])
-            microbatches = self.policy.cut(tokens, mask, lengths, range(len(lengths)))
+            microbatches = self._microbatches(tokens, mask, lengths)
             logprobs, _ = self.policy.logprobs(microbatches, 1.0, tokens)
             total -= float(logprobs[mask].double().sum())
             learned += int(mask.sum())
@@ -89,12 +100,12 @@ class SFT(Algorithm):
     def _batch(self, texts: Sequence[Text]) -> tuple[Tensor, Tensor, Tensor]:
         return pad_texts(texts, self.tokenizer.pad_token_id)
 
-    def _loss(self, normalizer: int) -> Any:
-        def loss(gpt: GPT, hidden: Tensor, batch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
-            logprobs, _ = gpt.vocab_logprobs(hidden, batch.tokens, batch.selected)
-            return sft_loss(logprobs, torch.ones_like(batch.selected, dtype=torch.bool), normalizer=normalizer)
-
-        return loss
+    def _microbatches(self, tokens: Tensor, mask: Tensor, lengths: Tensor) -> list[Microbatch]:
+        rows, data = range(len(lengths)), self.config.data
+        if not data.packing:
+            return self.policy.cut(tokens, mask, lengths, rows)
+        max_tokens = data.max_sequence_length * self.config.model.micro_batch_size
+        return self.policy.pack(tokens, mask, lengths, rows, max_tokens)
 
     def architecture(self) -> Architecture:
         return self.policy.architecture

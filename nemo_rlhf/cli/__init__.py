@@ -25,7 +25,7 @@ EXIT_STOPPED = 75
 EXIT_CODES = """\
 exit codes:
   0    done
-  1    failed (a traceback says where)
+  1    failed (a traceback says where); of convert verify: the two disagree
   2    wrong input, a full disk or a NaN loss (one sentence says what and where)
   75   stopped by SIGTERM or SIGUSR1 after saving: run the same command again to continue
 """
@@ -49,6 +49,15 @@ Every key with its default is in {conf}/sft.yaml. The same command again continu
 
 """
 
+_ILQL_HELP = """\
+example:
+  nemo-rlhf ilql model.restore_from=/models/llama-sft data.train=dialogues.jsonl \\
+      exp_manager.explicit_log_dir=runs/ilql trainer.devices=8 trainer.max_steps=1000
+
+Every key with its default is in {conf}/ilql.yaml. The same command again continues an interrupted run.
+
+"""
+
 _GENERATE_HELP = """\
 example:
   nemo-rlhf generate runs/sft/checkpoints/best --prompts prompts.jsonl --out responses.jsonl \\
@@ -67,7 +76,10 @@ example:
 _CONVERT_HELP = """\
 examples:
   nemo-rlhf convert import /models/Meta-Llama-3-8B checkpoints/llama3-8b
-  nemo-rlhf convert export runs/ppo/checkpoints/best/policy exported/llama3-8b-ppo
+  nemo-rlhf convert verify /models/Meta-Llama-3-8B checkpoints/llama3-8b
+  nemo-rlhf convert inspect runs/ppo/checkpoints/best
+  nemo-rlhf convert export runs/ppo/checkpoints/best exported/llama3-8b-ppo
+  nemo-rlhf convert export runs/ppo/checkpoints/best/critic exported/llama3-8b-critic
 
 """
 
@@ -135,38 +147,49 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
 
     sft = command("sft", "supervised fine-tuning", _SFT_HELP, _sft)
     ppo = command("ppo", "PPO with a reward function", _PPO_HELP, _ppo)
-    for sub in (sft, ppo):
+    ilql = command("ilql", "offline reinforcement learning from scored dialogues", _ILQL_HELP, _ilql)
+    for sub in (sft, ppo, ilql):
         sub.add_argument("--config", metavar="FILE", help="yaml file laid over the defaults, yours or a shipped one")
     generate = command("generate", "responses of a model to a file of prompts", _GENERATE_HELP, _generate)
     generate.add_argument("checkpoint", metavar="CKPT_DIR", help="Megatron checkpoint or Hugging Face directory")
     generate.add_argument("--prompts", metavar="FILE", required=True, help="jsonl file or datasets directory")
     generate.add_argument("--out", metavar="FILE", required=True, help="jsonl file to write")
-    for sub in (sft, ppo, generate):
+    for sub in (sft, ppo, ilql, generate):
         sub.add_argument("overrides", metavar="key=value", nargs="*", help="configuration keys, as in Hydra")
 
     report = command("report", "one HTML page of a run: curves, samples, timings", _REPORT_HELP, _report)
     report.add_argument("run_dir", metavar="RUN_DIR", help="exp_manager.explicit_log_dir of the run")
 
-    convert = command("convert", "convert between Hugging Face and Megatron checkpoints", _CONVERT_HELP, _convert)
+    _convert_parsers(command("convert", "convert, compare and describe checkpoints", _CONVERT_HELP, _convert))
+    return parser, {"sft": sft, "ppo": ppo, "ilql": ilql, "generate": generate}
+
+
+def _convert_parsers(convert: _Parser) -> None:
     ways = convert.add_subparsers(title="ways", metavar="WAY", dest="way", required=True, parser_class=_Parser)
-    for way, summary, source, target in (
-        ("import", "Hugging Face to Megatron", "HF_DIR", "CKPT_DIR"),
-        ("export", "Megatron to Hugging Face", "CKPT_DIR", "HF_DIR"),
-    ):
+
+    def way(name: str, summary: str, *places: str) -> _Parser:
         sub = ways.add_parser(
-            way,
+            name,
             help=summary,
-            description=f"Convert {summary}.",
+            description=f"{summary[0].upper()}{summary[1:]}.",
             epilog=_CONVERT_HELP + EXIT_CODES,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        sub.add_argument("source", metavar=source, help="directory to read")
-        sub.add_argument("target", metavar=target, help="directory to write; must not exist")
-        if way == "export":
-            sub.add_argument(
-                "--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default: %(default)s)"
-            )
-    return parser, {"sft": sft, "ppo": ppo, "generate": generate}
+        for place in places:
+            sub.add_argument(place.lower(), metavar=place, help="directory")
+        return sub
+
+    to_megatron = way("import", "convert Hugging Face to Megatron", "HF_DIR", "CKPT_DIR")
+    to_hf = way("export", "convert Megatron to Hugging Face", "CKPT_DIR", "HF_DIR")
+    to_hf.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default: %(default)s)"
+    )
+    for sub in (to_megatron, to_hf):
+        sub.add_argument("--force", action="store_true", help="replace what is there, once the new one is whole")
+        sub.add_argument("--workers", type=int, default=1, metavar="N", help="processes that share the work")
+    verify = way("verify", "run both and compare; exit code 1 when they disagree", "HF_DIR", "CKPT_DIR")
+    verify.add_argument("--prompts", metavar="FILE", help="jsonl file to compare on (default: random tokens)")
+    way("inspect", "say what a checkpoint of either format holds", "CKPT_DIR")
 
 
 def _conf() -> str:
@@ -198,6 +221,17 @@ def _sft(options: argparse.Namespace) -> int:
         return run_sft(cfg)
 
 
+def _ilql(options: argparse.Namespace) -> int:
+    from nemo_rlhf.config import load
+
+    cfg = load("ilql", options.overrides, config_file=options.config)
+    launch_if_needed(cfg.trainer.devices, cfg.trainer.num_nodes)
+    with heeded():
+        from nemo_rlhf.cli.run import run_ilql
+
+        return run_ilql(cfg)
+
+
 def _generate(options: argparse.Namespace) -> int:
     from nemo_rlhf.config import load, quoted
 
@@ -217,14 +251,51 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
+    if options.way == "verify":
+        return _verify(options)
+    if options.way == "inspect":
+        return _inspect(options)
     from nemo_rlhf.convert import export_hf, import_hf
 
+    how = {"force": options.force, "workers": options.workers}
     if options.way == "import":
-        import_hf(options.source, options.target)
+        print(import_hf(options.hf_dir, options.ckpt_dir, **how))
     else:
-        export_hf(options.source, options.target, max_shard_size=options.max_shard_size)
-    print(options.target)
+        print(export_hf(options.ckpt_dir, options.hf_dir, options.max_shard_size, **how))
     return EXIT_DONE
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    import yaml
+
+    from nemo_rlhf.convert import inspect
+
+    print(yaml.safe_dump(inspect(options.ckpt_dir), sort_keys=False), end="")
+    return EXIT_DONE
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from nemo_rlhf.convert import verify
+
+    agreements = verify(options.hf_dir, options.ckpt_dir, _texts(options.prompts, options.hf_dir))
+    for found in agreements:
+        print(
+            f"{found.dtype}: {found.num_tokens} tokens, max abs difference {found.max_abs_difference:.2e}, "
+            f"cosine {found.cosine:.6f}, top-1 agreement {found.top1:.1%}: "
+            + ("agree" if found.first_diverging is None else f"DISAGREE, first in {found.first_diverging}")
+        )
+    return EXIT_DONE if all(found.first_diverging is None for found in agreements) else EXIT_FAILED
+
+
+def _texts(prompts: str | None, hf_dir: str) -> list[str]:
+    if prompts is None:
+        return []
+    from nemo_rlhf.convert.locate import read_architecture
+    from nemo_rlhf.data.prompts import read_prompts
+    from nemo_rlhf.data.tokenizer import load_tokenizer
+
+    longest = read_architecture(hf_dir).max_position_embeddings
+    return [prompt.text for prompt in read_prompts(prompts, load_tokenizer(hf_dir), longest)]
 
 
 def _raised_by_us(error: BaseException) -> bool:

@@ -74,7 +74,8 @@ class StopSignals(Callback):
 
 
 class Checkpoints(Checkpoint):
-    """Saves ``checkpoints/step_N``, keeps the last K and the best, and lets ``checkpoints/best`` point to that.
+    """Saves ``checkpoints/step_N``, keeps the last few and the best few, and lets ``checkpoints/best`` point to the
+    best of all.
 
     Must come after ``StopSignals`` among the callbacks, so that a stop saves in the same step.
     """
@@ -86,7 +87,7 @@ class Checkpoints(Checkpoint):
         algorithm: Algorithm = pl_module
         step = algorithm.completed_steps
         due = step % self._config.every_n_train_steps == 0 or step == algorithm.max_steps
-        better = self._config.save_best and self._is_best(algorithm.metrics.get(self._config.monitor))
+        better = self._is_among_best(algorithm.metrics.get(self._config.monitor))
         if due or better or self._stop.requested:
             path = self._run_dir / CHECKPOINTS / f"step_{step}"
             trainer.save_checkpoint(path)
@@ -107,8 +108,11 @@ class Checkpoints(Checkpoint):
                 scores[path] = self._sign() * value
         return scores
 
-    def _is_best(self, value: float | None) -> bool:
-        return value is not None and self._sign() * value > max(self._scores().values(), default=-float("inf"))
+    def _is_among_best(self, value: float | None) -> bool:
+        if value is None or self._config.save_top_k == 0:
+            return False
+        best = sorted(self._scores().values(), reverse=True)[: self._config.save_top_k]
+        return len(best) < self._config.save_top_k or self._sign() * value > best[-1]
 
     def _prune(self) -> None:
         """Rank 0 deletes what is neither recent nor best."""
@@ -117,12 +121,13 @@ class Checkpoints(Checkpoint):
         stored = stored_checkpoints(self._run_dir)
         keep = set(stored[-self._config.save_last_k :])
         scores = self._scores()
-        if self._config.save_best and scores:
-            best = max(scores, key=lambda path: (scores[path], int(path.name.removeprefix("step_"))))
-            keep.add(best)
-            link = best.parent / BEST
+        best = sorted(scores, key=lambda path: (scores[path], int(path.name.removeprefix("step_"))), reverse=True)
+        best = best[: self._config.save_top_k]
+        if best:
+            keep.update(best)
+            link = best[0].parent / BEST
             link.unlink(missing_ok=True)
-            link.symlink_to(best.name)
+            link.symlink_to(best[0].name)
         for path in stored:
             if path not in keep:
                 checkpoint.remove(path)

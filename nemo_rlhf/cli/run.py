@@ -26,6 +26,7 @@ from omegaconf import OmegaConf
 from nemo_rlhf import device
 from nemo_rlhf.algorithms.base import Algorithm, Metrics, stored_metrics
 from nemo_rlhf.algorithms.evaluate import sample
+from nemo_rlhf.algorithms.ilql import ILQL, ILQLInputs
 from nemo_rlhf.algorithms.ppo import PPO, PPOInputs
 from nemo_rlhf.algorithms.roles import open_role, open_tokenizer
 from nemo_rlhf.algorithms.sft import SFT
@@ -42,12 +43,24 @@ from nemo_rlhf.cli.loggers import JsonlLogger
 from nemo_rlhf.cli.report import write_report
 from nemo_rlhf.config import dump
 from nemo_rlhf.config.sampling import sampling_values
-from nemo_rlhf.config.schema import BaseModelConfig, GenerateConfig, HardwareConfig, ModelConfig, PPOConfig, SFTConfig
+from nemo_rlhf.config.schema import (
+    BaseModelConfig,
+    GenerateConfig,
+    HardwareConfig,
+    ILQLConfig,
+    ModelConfig,
+    PPOConfig,
+    SFTConfig,
+    TrainingConfig,
+)
+from nemo_rlhf.convert.locate import read_architecture
+from nemo_rlhf.data.dialogues import read_dialogues, standardise
 from nemo_rlhf.data.prompts import read_prompts, share_fields
 from nemo_rlhf.data.records import Source
 from nemo_rlhf.data.texts import read_texts
 from nemo_rlhf.generation.engine import Engine
 from nemo_rlhf.generation.sampling import SamplingParams
+from nemo_rlhf.models.ilql import ILQLModel
 from nemo_rlhf.models.policy import PolicyModel
 from nemo_rlhf.parallel import state
 from nemo_rlhf.parallel.strategy import MegatronStrategy
@@ -101,14 +114,55 @@ def run_sft(config: SFTConfig, *, train: Source | None = None, validation: Sourc
     _begin(config.model, config.trainer, config.seed)
     tokenizer, tokenizer_dir = open_tokenizer(config.model)
 
-    def read(source: Source | None) -> Any:
+    data = config.data
+
+    def read(source: Source | None, top_percent: float = 100.0) -> Any:
         if source is None:
             return ()
-        return read_texts(source, tokenizer, config.data.max_sequence_length, config.data.train_on)  # type: ignore[arg-type]
+        limit, train_on = data.max_sequence_length, data.train_on
+        return read_texts(source, tokenizer, limit, train_on, top_percent=top_percent)  # type: ignore[arg-type]
 
-    texts = read(train if train is not None else config.data.train)
-    validation_texts = read(validation if validation is not None else config.data.validation)
+    texts = read(train if train is not None else data.train, data.top_percent)
+    validation_texts = read(validation if validation is not None else data.validation)
     return _fit(SFT(config, tokenizer, tokenizer_dir, texts, validation_texts), config)
+
+
+def run_ilql(
+    config: ILQLConfig,
+    *,
+    train: Source | None = None,
+    rewards: Sequence[Any] | None = None,
+    validation_prompts: Source | None = None,
+    reward_fn: RewardFunction | None = None,
+    metric_fn: Callable[..., dict[str, Any]] | None = None,
+) -> int:
+    """Run ILQL; as ``run_ppo``. ``rewards`` are those of ``train``."""
+    if reward_fn is None and config.reward.function is not None:
+        reward_fn = load_reward_function(config.reward.function)
+    _begin(config.model, config.trainer, config.seed)
+    tokenizer, tokenizer_dir = open_tokenizer(config.model)
+    data = config.data
+
+    def read(source: Source | None, given: Sequence[Any] | None = None) -> Any:
+        if source is None:
+            return ()
+        limit, too_long = data.max_sequence_length, data.too_long
+        return read_dialogues(source, tokenizer, limit, rewards=given, too_long=too_long)  # type: ignore[arg-type]
+
+    dialogues, held_out = read(train if train is not None else data.train, rewards), read(data.validation)
+    if data.standardise_rewards:
+        dialogues, held_out = standardise(dialogues, held_out)
+    prompts = validation_prompts if validation_prompts is not None else data.validation_prompts
+    inputs = ILQLInputs(
+        tokenizer=tokenizer,
+        tokenizer_dir=tokenizer_dir,
+        dialogues=dialogues,
+        validation_dialogues=held_out,
+        validation_prompts=() if prompts is None else read_prompts(prompts, tokenizer, data.max_prompt_length),
+        reward_fn=reward_fn,
+        metric_fn=metric_fn,
+    )
+    return _fit(ILQL(config, inputs), config)
 
 
 def run_generate(config: GenerateConfig) -> int:
@@ -117,7 +171,8 @@ def run_generate(config: GenerateConfig) -> int:
     model_config = ModelConfig(**vars(config.model))
     tokenizer, _ = open_tokenizer(model_config)
     prompts = read_prompts(str(config.data.prompts), tokenizer, config.data.max_prompt_length)
-    policy = open_role(PolicyModel, model_config, model_config.restore_from, config.trainer.precision, 0)
+    kind = ILQLModel if "ilql" in read_architecture(model_config.restore_from).heads else PolicyModel
+    policy = open_role(kind, model_config, model_config.restore_from, config.trainer.precision, 0)
     engine = Engine(
         policy.gpt,
         tokenizer,
@@ -161,7 +216,11 @@ def _begin(model: BaseModelConfig, trainer: HardwareConfig, seed: int) -> None:
     atexit.register(_leave)
     state.set_environment_for_one_process()
     state.initialize(
-        model.tensor_model_parallel_size, model.pipeline_model_parallel_size, seed, timeout_s=trainer.timeout_s
+        model.tensor_model_parallel_size,
+        model.pipeline_model_parallel_size,
+        seed,
+        timeout_s=trainer.timeout_s,
+        expert_parallel=model.expert_model_parallel_size,
     )
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -173,7 +232,7 @@ def _begin(model: BaseModelConfig, trainer: HardwareConfig, seed: int) -> None:
         warnings.simplefilter("ignore")  # rank 0 says it for all
 
 
-def _fit(algorithm: Algorithm, config: PPOConfig | SFTConfig) -> int:
+def _fit(algorithm: Algorithm, config: TrainingConfig) -> int:
     run_dir = algorithm.run_dir
     if not config.exp_manager.resume_if_exists and stored_checkpoints(run_dir):
         raise ValueError(
@@ -189,7 +248,7 @@ def _fit(algorithm: Algorithm, config: PPOConfig | SFTConfig) -> int:
         devices=config.trainer.devices,
         num_nodes=config.trainer.num_nodes,
         strategy=MegatronStrategy(config.trainer.timeout_s),
-        max_steps=config.trainer.max_steps,
+        max_steps=algorithm.max_steps,
         max_epochs=-1,
         limit_val_batches=0,  # an algorithm validates inside its step
         log_every_n_steps=config.trainer.log_every_n_steps,
@@ -224,7 +283,7 @@ def _fit(algorithm: Algorithm, config: PPOConfig | SFTConfig) -> int:
     if dist.get_rank() == 0:
         (run_dir / "config.yaml").write_text(dump(config))
         if done >= algorithm.max_steps:
-            print(f"nemo-rlhf: {run_dir} has all {done} steps; raise trainer.max_steps to go on.", file=sys.stderr)
+            print(f"nemo-rlhf: {run_dir} has all {done} steps; raise trainer.max_steps (or max_epochs) to go on.", file=sys.stderr)
     with stop.heeded():
         trainer.fit(algorithm, ckpt_path=resume)
     if dist.get_rank() == 0 and metrics.path.exists():

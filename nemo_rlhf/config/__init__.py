@@ -14,13 +14,15 @@ from typing import Any
 
 from nemo_rlhf.config.load import config_directory, dump, load, quoted
 from nemo_rlhf.config.sampling import sampling_sweep, sampling_values
-from nemo_rlhf.config.schema import Config, GenerateConfig, PPOConfig, SFTConfig
+from nemo_rlhf.config.schema import Config, GenerateConfig, ILQLConfig, PPOConfig, RFTConfig, SFTConfig
 from nemo_rlhf.config.validate import data_parallel_size, validate
 
 __all__ = [
     "Config",
     "GenerateConfig",
+    "ILQLConfig",
     "PPOConfig",
+    "RFTConfig",
     "SFTConfig",
     "config_directory",
     "data_parallel_size",
@@ -34,7 +36,12 @@ __all__ = [
 
 
 # What ``nemo_rlhf.train`` has in memory, so that a configuration for it may leave these keys out.
-TRAIN_SUPPLIES: dict[str, tuple[str, ...]] = {"ppo": ("data.prompts", "reward.function"), "sft": ("data.train",)}
+TRAIN_SUPPLIES: dict[str, tuple[str, ...]] = {
+    "ppo": ("data.prompts", "reward.function"),
+    "sft": ("data.train",),
+    "ilql": ("data.train",),
+    "rft": ("data.prompts", "reward.function"),
+}
 
 
 class _CallableModule(types.ModuleType):

@@ -28,7 +28,10 @@ class Architecture:
 
     ``num_experts`` > 0: the feed-forward part of every layer but ``dense_layers`` is a mixture of experts
     ``expert_ffn_hidden_size`` wide, of which a token visits ``experts_per_token``; ``normalize_expert_weights``: the
-    weights of those sum to one."""
+    weights of those sum to one.
+
+    ``ilql_num_q`` Q heads (and a V head), each with a hidden layer ``ilql_head_width`` wide, where "ilql" is among the
+    ``heads``."""
 
     family: str
     num_layers: int
@@ -62,6 +65,12 @@ class Architecture:
     expert_ffn_hidden_size: int = 0
     normalize_expert_weights: bool = True
     dense_layers: tuple[int, ...] = ()
+    ilql_num_q: int = 0
+    ilql_head_width: int = 0
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether the feed-forward part of this layer, counted from 0, is a mixture of experts."""
+        return self.num_experts > 0 and layer not in self.dense_layers
 
     def save(self, directory: Path) -> None:
         data = asdict(self)

@@ -13,14 +13,16 @@ SWEEPABLE: dict[str, type[int] | type[float]] = {
     "top_k": int,
     "top_p": float,
     "seed": int,
+    "beta": float,
 }
 
 
 def sampling_values(generation: SamplingConfig) -> dict[str, Any]:
     """Settings of rollouts (and of ``generate``), the first value where a list is given: the keys of
-    ``SWEEPABLE``, ``stop`` as a tuple, ``ignore_eos``."""
+    ``SWEEPABLE``, ``stop`` as a tuple, ``ignore_eos``, ``adv_clip``."""
     values: dict[str, Any] = {key: kind(_first(getattr(generation, key))) for key, kind in SWEEPABLE.items()}
-    return {**values, "stop": tuple(generation.stop), "ignore_eos": generation.ignore_eos}
+    others = {"stop": tuple(generation.stop), "ignore_eos": generation.ignore_eos, "adv_clip": generation.adv_clip}
+    return {**values, **others}
 
 
 def sampling_sweep(generation: GenerationConfig) -> tuple[dict[str, Any], list[tuple[str, dict[str, Any]]]]:

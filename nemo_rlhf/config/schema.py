@@ -32,10 +32,15 @@ class TrainerConfig(HardwareConfig):
 
 
 @dataclass
+class OfflineTrainerConfig(TrainerConfig):
+    max_epochs: int | None = None  # passes over the data, in place of max_steps; null: max_steps counts
+
+
+@dataclass
 class CheckpointConfig:
     every_n_train_steps: int = 50  # save every this many steps, and always after the last one
     save_last_k: int = 2  # keep this many of the latest checkpoints
-    save_best: bool = True  # keep the best checkpoint by `monitor`, too
+    save_top_k: int = 1  # keep this many of the best by `monitor`, too; 0: none
     monitor: str = "val/reward"  # the validation metric that decides which is best
     mode: str = "max"  # whether more or less of it is better: "max" | "min"
 
@@ -78,6 +83,7 @@ class BaseModelConfig:
     tokenizer: str | None = None  # directory of another tokenizer; null: that of restore_from
     tensor_model_parallel_size: int = 1  # ranks that share each layer
     pipeline_model_parallel_size: int = 1  # ranks that share the stack of layers
+    expert_model_parallel_size: int = 1  # tensor- and data-parallel ranks that share each layer's experts
 
 
 @dataclass
@@ -146,11 +152,12 @@ class ValidationSamplingConfig:
     stop: list[str] | None = None
     ignore_eos: bool | None = None
     seed: Any = None
+    beta: Any = None
 
 
 @dataclass
 class SamplingConfig:
-    """One of max_new_tokens, temperature, top_k, top_p, seed may be a list: rollouts use its first value, and
+    """One of max_new_tokens, temperature, top_k, top_p, seed, beta may be a list: rollouts use its first value, and
     validation runs once for each (``val/reward@temperature=0.7``)."""
 
     max_new_tokens: Any = 256  # int; longest response
@@ -161,6 +168,8 @@ class SamplingConfig:
     ignore_eos: bool = False  # go on to max_new_tokens whatever is drawn
     num_slots: int = 32  # sequences that one data-parallel rank generates at a time
     seed: Any = 0  # int; of the sampling noise
+    beta: Any = 0.0  # float; how far the Q values of an ILQL model guide its policy; 0: not at all
+    adv_clip: float | None = None  # an advantage Q - V counts at most +- this; null: without limit
 
 
 @dataclass
@@ -182,6 +191,45 @@ class SFTDataConfig:
     validation: str | None = None  # the same; null: no validation
     max_sequence_length: int = 2048  # tokens of prompt and response
     train_on: str = "response"  # tokens that are learned: "response" | "all"
+    top_percent: float = 100.0  # learn only this best share of scored records, by their rewards
+    packing: bool = False  # texts share rows of max_sequence_length instead of being padded
+    shuffle: bool = True  # a new order every epoch, from `seed`
+
+
+@dataclass
+class ILQLAlgorithmConfig:
+    tau: float = 0.7  # expectile of V: 0.5 is the mean, towards 1 the best action
+    gamma: float = 0.99  # discount per action
+    beta: float = 0.0  # the policy's loss weighs an action by exp(beta * advantage); 0: plain cross-entropy
+    alpha: float = 0.001  # how far target Q heads move towards Q at a sync
+    cql_scale: float = 0.1  # weight of the conservative loss, which keeps Q near the data's actions
+    awac_scale: float = 1.0  # weight of the policy's loss
+    steps_for_target_q_sync: int = 5  # optimizer steps between syncs
+    two_qs: bool = True  # two Q heads, of which the lower one counts
+    target: str = "td"  # what Q learns: "td" reward and V of the next state | "mc" Monte-Carlo return
+    head_width: int | None = None  # hidden layer of the heads; null: twice the model's
+    detach_heads: bool = False  # heads learn from the trunk, and teach it nothing
+    num_layers_unfrozen: int = -1  # the last layers that learn; -1: all, 0: heads only
+
+
+@dataclass
+class RFTAlgorithmConfig:
+    num_prompts: int = 64  # prompts per round, over all data-parallel ranks
+    samples_per_prompt: int = 32  # responses to each prompt
+    improve_steps: int = 4  # passes over a round's best responses, of which each pass takes fewer
+    start_percentile: float = 0.7  # of a prompt's rewards: what the first pass learns from lies at or above it
+    end_percentile: float = 0.95  # the same of the last pass; evenly between them
+
+
+@dataclass
+class ILQLDataConfig:
+    train: str | None = MISSING  # jsonl file or `datasets` directory of scored dialogues
+    validation: str | None = None  # the same, for the validation loss; null: none
+    validation_prompts: str | None = None  # prompts to sample from in validation; null: none
+    max_sequence_length: int = 2048  # tokens of a dialogue
+    max_prompt_length: int = 1024  # tokens; a longer prompt is an error
+    too_long: str = "truncate"  # a longer dialogue: "truncate" loses its first turns | "refuse" is an error
+    standardise_rewards: bool = True  # to deviation 1, and mean 0 where they fall at the end only
     shuffle: bool = True  # a new order every epoch, from `seed`
 
 
@@ -194,6 +242,11 @@ class GenerateDataConfig:
 @dataclass
 class RewardConfig:
     function: str | None = MISSING  # "package.module:name" of (samples, prompts, outputs, tokenizer, **metadata)
+
+
+@dataclass
+class SampleRewardConfig:
+    function: str | None = None  # as in PPO; scores the samples of validation
 
 
 @dataclass
@@ -210,7 +263,7 @@ class PPOConfig:
     reward: RewardConfig = field(default_factory=RewardConfig)
 
 
-def _sft_exp_manager() -> ExpManagerConfig:
+def _loss_exp_manager() -> ExpManagerConfig:
     return ExpManagerConfig(checkpoint_callback_params=CheckpointConfig(monitor="val/loss", mode="min"))
 
 
@@ -219,10 +272,38 @@ class SFTConfig:
     """Configuration of ``nemo-rlhf sft``."""
 
     seed: int = 1234  # of initialisation and data order
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    exp_manager: ExpManagerConfig = field(default_factory=_sft_exp_manager)
+    trainer: OfflineTrainerConfig = field(default_factory=OfflineTrainerConfig)
+    exp_manager: ExpManagerConfig = field(default_factory=_loss_exp_manager)
     model: ModelConfig = field(default_factory=lambda: ModelConfig(optim=OptimConfig(lr=1e-5)))
     data: SFTDataConfig = field(default_factory=SFTDataConfig)
+
+
+@dataclass
+class ILQLConfig:
+    """Configuration of ``nemo-rlhf ilql``."""
+
+    seed: int = 1234  # of initialisation and data order
+    trainer: OfflineTrainerConfig = field(default_factory=OfflineTrainerConfig)
+    exp_manager: ExpManagerConfig = field(default_factory=_loss_exp_manager)
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(optim=OptimConfig(lr=1e-5)))
+    ilql: ILQLAlgorithmConfig = field(default_factory=ILQLAlgorithmConfig)
+    generation: GenerationConfig = field(default_factory=lambda: GenerationConfig(beta=1.0))
+    data: ILQLDataConfig = field(default_factory=ILQLDataConfig)
+    reward: SampleRewardConfig = field(default_factory=SampleRewardConfig)
+
+
+@dataclass
+class RFTConfig:
+    """Configuration of ``nemo-rlhf rft``."""
+
+    seed: int = 1234  # of initialisation and data order
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(optim=OptimConfig(lr=1e-5)))
+    rft: RFTAlgorithmConfig = field(default_factory=RFTAlgorithmConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    data: PPODataConfig = field(default_factory=PPODataConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
 
 
 @dataclass
@@ -236,11 +317,14 @@ class GenerateConfig:
     out: str = MISSING  # the jsonl file that is written
 
 
-Config = PPOConfig | SFTConfig | GenerateConfig
+TrainingConfig = PPOConfig | SFTConfig | ILQLConfig | RFTConfig
+Config = TrainingConfig | GenerateConfig
 
-COMMANDS: dict[str, type[PPOConfig] | type[SFTConfig] | type[GenerateConfig]] = {
+COMMANDS: dict[str, type[TrainingConfig] | type[GenerateConfig]] = {
     "ppo": PPOConfig,
     "sft": SFTConfig,
+    "ilql": ILQLConfig,
+    "rft": RFTConfig,
     "generate": GenerateConfig,
 }
 
@@ -251,6 +335,17 @@ REQUIRED: dict[str, dict[str, str]] = {
         "exp_manager.explicit_log_dir": "runs/ppo",
         "data.prompts": "prompts.jsonl",
         "reward.function": "my_package.rewards:score",
+    },
+    "rft": {
+        "model.restore_from": "/models/llama-sft",
+        "exp_manager.explicit_log_dir": "runs/rft",
+        "data.prompts": "prompts.jsonl",
+        "reward.function": "my_package.rewards:score",
+    },
+    "ilql": {
+        "model.restore_from": "/models/llama-sft",
+        "exp_manager.explicit_log_dir": "runs/ilql",
+        "data.train": "dialogues.jsonl",
     },
     "sft": {
         "model.restore_from": "/models/llama",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nemo_rlhf.config.architecture import Architecture
-from nemo_rlhf.convert import llama
-from nemo_rlhf.convert.mapping import Row, WeightMap
+from nemo_rlhf.convert import gemma, gpt2, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
+from nemo_rlhf.convert.mapping import EMBEDDING, Row, WeightMap
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -20,23 +21,48 @@ class Family:
     architecture: Callable[[dict[str, Any]], Architecture]
     table: tuple[Row, ...]
 
+    @property
+    def classifier(self) -> str:
+        """The same model with a score in place of logits, as transformers names it: a reward model, or a critic."""
+        return re.sub(r"(ForCausalLM|LMHeadModel)$", "ForSequenceClassification", self.architectures[0])
+
+    @property
+    def embedding(self) -> str:
+        """The embedding's Hugging Face name."""
+        return next(row.stored[0].name for row in self.table if row.megatron == EMBEDDING)
+
 
 # A family is a module with these four names; adding one is a file and its name here (docs/adding_a_model.md).
-FAMILIES = tuple(Family(module.NAME, module.ARCHITECTURES, module.architecture, module.TABLE) for module in (llama,))
+_MODULES = (llama, mistral, qwen2, qwen3, gemma, gpt2, mixtral, qwen3_moe)
+FAMILIES = tuple(Family(module.NAME, module.ARCHITECTURES, module.architecture, module.TABLE) for module in _MODULES)
+_REFUSED = {
+    "Gemma2ForCausalLM": "Gemma 2 is not supported: megatron-core can express neither its soft-capped attention scores "
+    "and logits nor its norms behind attention and feed-forward layers; use the first Gemma or another family."
+}
 
 
 def architecture_of(hf_config: dict[str, Any]) -> Architecture:
     """Read a ``config.json``. Raises ValueError with one sentence for a model that is not supported."""
     names = hf_config.get("architectures") or []
     supported = [name for family in FAMILIES for name in family.architectures]
-    found = [family for family in FAMILIES if len(names) == 1 and names[0] in family.architectures]
+    found = [f for f in FAMILIES if len(names) == 1 and names[0] in (*f.architectures, f.classifier)]
+    if len(names) == 1 and names[0] in _REFUSED:
+        raise ValueError(_REFUSED[names[0]])
     if not found:
         raise ValueError(
-            f"config.json names architectures={names}, which is not supported; supported: {', '.join(supported)}."
+            f"config.json names architectures={names}, which is not supported; supported: {', '.join(supported)}, and "
+            "each family's ...ForSequenceClassification with one label."
         )
     if hf_config.get("quantization_config"):
         raise ValueError("config.json has a quantization_config: only unquantised weights can be trained, use those.")
     architecture = found[0].architecture(hf_config)
+    if names[0] == found[0].classifier:
+        num_labels = len(hf_config.get("id2label") or (0, 1))  # two where nothing is said
+        if num_labels != 1:
+            raise ValueError(
+                f"config.json names {num_labels} labels; a reward model or critic has one: use such a model."
+            )
+        architecture = replace(architecture, heads=("value",))
     if architecture.dtype not in _DTYPES:
         raise ValueError(f"config.json names dtype={architecture.dtype!r}; supported: {', '.join(_DTYPES)}.")
     return architecture

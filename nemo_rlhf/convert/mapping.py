@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Protocol
 
 from nemo_rlhf.config.architecture import Architecture
 
@@ -42,7 +42,12 @@ class Layout(Protocol):
 
     ``shapes`` are those of the whole tensors. Pieces come tensor by tensor, do not overlap and, over all ranks, take
     every element of every tensor. What they leave of the parameter is padding, which is zero.
+
+    ``transposed``: a parameter's values are those of the (two-dimensional) tensor with its dimensions swapped, so
+    ``inside`` is as wide as ``outside`` is high.
     """
+
+    transposed: ClassVar[bool]
 
     def local_shape(self, shapes: tuple[Shape, ...], architecture: Architecture, cut: Cut) -> Shape: ...
 
@@ -67,6 +72,8 @@ def _part(size: int, cut: Cut, what: str) -> int:
 class Replicated:
     """Every rank holds the whole tensor."""
 
+    transposed: ClassVar[bool] = False
+
     def local_shape(self, shapes: tuple[Shape, ...], architecture: Architecture, cut: Cut) -> Shape:
         return shapes[0]
 
@@ -78,6 +85,7 @@ class Replicated:
 class Split:
     """Rank r holds the r-th equal part along one dimension: 0 for a column-parallel layer, 1 for a row-parallel one."""
 
+    transposed: ClassVar[bool] = False
     dimension: int
 
     def local_shape(self, shapes: tuple[Shape, ...], architecture: Architecture, cut: Cut) -> Shape:
@@ -97,6 +105,8 @@ class Split:
 class QueryKeyValue:
     """Query, key and value (weights or biases) interleaved: for each query group its queries, its key, its value."""
 
+    transposed: ClassVar[bool] = False
+
     def local_shape(self, shapes: tuple[Shape, ...], architecture: Architecture, cut: Cut) -> Shape:
         _part(architecture.num_query_groups, cut, "query groups")
         return (sum(shape[0] for shape in shapes) // cut.size, *shapes[0][1:])
@@ -112,8 +122,50 @@ class QueryKeyValue:
 
 
 @dataclass(frozen=True)
+class FusedQueryKeyValue:
+    """``QueryKeyValue`` of one tensor, which holds all queries, then all keys, then all values."""
+
+    transposed: ClassVar[bool] = False
+
+    def _parts(self, shapes: tuple[Shape, ...], architecture: Architecture) -> tuple[Shape, ...]:
+        words = sizes(architecture)
+        return tuple((words[word], *shapes[0][1:]) for word in ("query", "key_value", "key_value"))
+
+    def local_shape(self, shapes: tuple[Shape, ...], architecture: Architecture, cut: Cut) -> Shape:
+        return QueryKeyValue().local_shape(self._parts(shapes, architecture), architecture, cut)
+
+    def pieces(self, shapes: tuple[Shape, ...], architecture: Architecture, cut: Cut) -> Iterator[Piece]:
+        parts = self._parts(shapes, architecture)
+        starts = (0, parts[0][0], parts[0][0] + parts[1][0])
+        for piece in QueryKeyValue().pieces(parts, architecture, cut):
+            start, rows = starts[piece.tensor], piece.outside[0]
+            yield Piece(0, _rows(start + rows.start, start + rows.stop, shapes[0]), piece.inside)
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """``layout`` of tensors whose rows are inputs and whose columns are outputs (GPT-2's Conv1D)."""
+
+    transposed: ClassVar[bool] = True
+    layout: Layout
+
+    def local_shape(self, shapes: tuple[Shape, ...], architecture: Architecture, cut: Cut) -> Shape:
+        return self.layout.local_shape(_swapped(shapes), architecture, cut)
+
+    def pieces(self, shapes: tuple[Shape, ...], architecture: Architecture, cut: Cut) -> Iterator[Piece]:
+        for piece in self.layout.pieces(_swapped(shapes), architecture, cut):
+            yield Piece(piece.tensor, piece.outside[::-1], piece.inside)
+
+
+def _swapped(shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
+    return tuple(shape[::-1] for shape in shapes)
+
+
+@dataclass(frozen=True)
 class GatedMLP:
     """Gate and up projection: each is split over the ranks, and a rank stacks its gate part on its up part."""
+
+    transposed: ClassVar[bool] = False
 
     def local_shape(self, shapes: tuple[Shape, ...], architecture: Architecture, cut: Cut) -> Shape:
         return (2 * _part(shapes[0][0], cut, "feed-forward width"), *shapes[0][1:])
@@ -129,6 +181,8 @@ class GatedMLP:
 class Vocabulary:
     """One row a token, split over the ranks after padding to a multiple of them."""
 
+    transposed: ClassVar[bool] = False
+
     def local_shape(self, shapes: tuple[Shape, ...], architecture: Architecture, cut: Cut) -> Shape:
         return (_part(cut.padded_vocab_size, cut, "padded vocabulary"), *shapes[0][1:])
 
@@ -142,7 +196,8 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Stored:
-    """A Hugging Face tensor: its name (``{layer}`` for the layer's number) and shape, in the words of ``sizes()``."""
+    """A Hugging Face tensor: its name (``{layer}`` and ``{expert}`` for their numbers) and shape, in the words of
+    ``sizes()``."""
 
     name: str
     shape: tuple[str, ...]
@@ -151,21 +206,34 @@ class Stored:
 @dataclass(frozen=True)
 class Row:
     """One line of a family's table. ``initial`` is how random weights start: "residual" is a normal distribution
-    narrowed by 1/sqrt(2 * num_layers), for projections whose output is added to the residual stream (GPT-2)."""
+    narrowed by 1/sqrt(2 * num_layers), for projections whose output is added to the residual stream (GPT-2).
+
+    ``layers``: a model of experts may have "dense" layers without them and "sparse" ones with them. A row with
+    ``{expert}`` in its names stands for every expert; tensor-parallel ranks do not split those."""
 
     megatron: str
     stored: tuple[Stored, ...]
     layout: Layout
     initial: Literal["normal", "residual", "ones", "zeros"] = "normal"
+    layers: Literal["all", "dense", "sparse"] = "all"
+
+    @property
+    def per_expert(self) -> bool:
+        return "{expert}" in self.megatron
 
 
 def sizes(architecture: Architecture) -> dict[str, int]:
     """The words in which tables give shapes."""
     return {
         "hidden": architecture.hidden_size,
+        "value": 1,
         "ffn": architecture.ffn_hidden_size,
+        "experts": architecture.num_experts,
+        "expert_ffn": architecture.expert_ffn_hidden_size,
         "query": architecture.num_attention_heads * architecture.kv_channels,
         "key_value": architecture.num_query_groups * architecture.kv_channels,
+        "query_key_value": (architecture.num_attention_heads + 2 * architecture.num_query_groups)
+        * architecture.kv_channels,
         "head": architecture.kv_channels,
         "vocab": architecture.vocab_size,
         "positions": architecture.max_position_embeddings,
@@ -183,14 +251,21 @@ class Entry:
     architecture: Architecture
 
     def local_shape(self, cut: Cut) -> Shape:
-        return self.row.layout.local_shape(self.shapes, self.architecture, cut)
+        return self.row.layout.local_shape(self.shapes, self.architecture, self._cut(cut))
 
     def pieces(self, cut: Cut) -> Iterator[Piece]:
-        return self.row.layout.pieces(self.shapes, self.architecture, cut)
+        return self.row.layout.pieces(self.shapes, self.architecture, self._cut(cut))
+
+    def _cut(self, cut: Cut) -> Cut:
+        return replace(cut, rank=0, size=1) if self.row.per_expert else cut
+
+
+# transformers' sequence classification models with one label have a linear layer without bias
+VALUE_HEAD = Row("value_head.weight", (Stored("score.weight", ("value", "hidden")),), Replicated(), initial="zeros")
 
 
 class WeightMap:
-    """A family's table for one architecture.
+    """A family's table for one architecture: with a value head in the output layer's place where it has one.
 
     ``entries`` goes from Megatron parameter names (global layer numbers) to entries; ``tensors`` from each Hugging Face
     tensor that a checkpoint must have to its entry and its number there; ``tolerated`` names tensors that a
@@ -204,18 +279,24 @@ class WeightMap:
         self.tolerated: frozenset[str] = frozenset()
         for per_layer, rows in itertools.groupby(table, key=lambda row: "{layer}" in row.megatron):
             for layer, row in itertools.product(range(architecture.num_layers if per_layer else 1), tuple(rows)):
-                self._add(self._entry(row, layer))
-        if architecture.tie_embeddings:
+                if row.layers == "all" or (row.layers == "sparse") == architecture.is_sparse(layer):
+                    for expert in range(architecture.num_experts if row.per_expert else 1):
+                        self._add(self._entry(row, layer, expert))
+        if "value" in architecture.heads:
+            self._add(self._entry(VALUE_HEAD, 0, 0))
+        elif architecture.tie_embeddings:
             self.entries[OUTPUT_LAYER] = self.entries[EMBEDDING]
 
-    def _entry(self, row: Row, layer: int) -> Entry:
+    def _entry(self, row: Row, layer: int, expert: int) -> Entry:
         words = sizes(self.architecture)
-        names = tuple(stored.name.format(layer=layer) for stored in row.stored)
+        names = tuple(stored.name.format(layer=layer, expert=expert) for stored in row.stored)
         shapes = tuple(tuple(words[word] for word in stored.shape) for stored in row.stored)
-        return Entry(row.megatron.format(layer=layer), names, shapes, row, self.architecture)
+        return Entry(row.megatron.format(layer=layer, expert=expert), names, shapes, row, self.architecture)
 
     def _add(self, entry: Entry) -> None:
         assert entry.megatron not in self.entries, f"the table has {entry.megatron} twice"
+        if entry.megatron == OUTPUT_LAYER and "value" in self.architecture.heads:
+            return
         if entry.megatron == OUTPUT_LAYER and self.architecture.tie_embeddings:
             self.tolerated = frozenset(entry.names)
             return

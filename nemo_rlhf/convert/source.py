@@ -9,28 +9,26 @@ import functools
 import hashlib
 import json
 import pickle
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from nemo_rlhf.config.architecture import Architecture
-from nemo_rlhf.convert.families import weight_map
+from nemo_rlhf.convert.families import FAMILIES, weight_map
+from nemo_rlhf.convert.files import Array
 from nemo_rlhf.convert.mapping import Box, Entry, Shape
-
-_SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+from nemo_rlhf.convert.safetensors_io import read_arrays
 
 
 class WeightSource(Protocol):
     """Tensors by Hugging Face name. ``where`` names the source in messages."""
 
-    where: str
+    @property
+    def where(self) -> str: ...
 
     def names(self) -> tuple[str, ...]: ...
 
@@ -43,62 +41,71 @@ class WeightSource(Protocol):
         ...
 
 
+_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)$")
+
+
 def is_buffer(name: str) -> bool:
-    """Rotary tables that old checkpoints carry; they follow from the configuration and are not weights."""
-    return name.endswith("rotary_emb.inv_freq")
+    """Rotary tables, and GPT-2's causal masks, that old checkpoints carry; they are no weights."""
+    return _BUFFERS.search(name) is not None
 
 
 class SafetensorsSource:
-    """One ``.safetensors`` file or several; only the bytes of the asked boxes are read (files are mapped)."""
+    """One ``.safetensors`` file or several; only the bytes of the asked boxes are read, and kept nowhere."""
 
-    def __init__(self, files: dict[str, Path], where: str) -> None:
-        """``files``: tensor name -> file. Raises ValueError when a file is damaged or lacks a tensor."""
+    def __init__(self, files: Sequence[Path], where: str, index: Mapping[str, Path] | None = None) -> None:
+        """``index``: the file of every tensor. Raises ValueError when a file is damaged, or files and index differ."""
         self.where = where
-        self._handles = {path: _open(path) for path in sorted(set(files.values()))}
-        held = {path: set(handle.keys()) for path, handle in self._handles.items()}
-        for name, path in files.items():
-            if name not in held[path]:
+        self._arrays: dict[str, Array] = {}
+        for path in files:
+            for name, array in read_arrays(path, is_buffer).items():
+                if name in self._arrays:
+                    other = self._arrays[name].path.name
+                    raise ValueError(f"{where} holds tensor {name} twice, in {other} and {path.name}: remove one.")
+                if index is not None and name not in index:
+                    raise ValueError(f"{path} holds tensor {name}, which the index does not name: download both again.")
+                self._arrays[name] = array
+        for name, path in (index or {}).items():
+            if not is_buffer(name) and (name not in self._arrays or self._arrays[name].path != path):
                 raise ValueError(f"{path} lacks tensor {name}, which the index places there: download the file again.")
-        self._files = {name: path for name, path in files.items() if not is_buffer(name)}
 
     def names(self) -> tuple[str, ...]:
-        return tuple(self._files)
-
-    def _slice(self, name: str) -> Any:
-        return self._handles[self._files[name]].get_slice(name)
+        return tuple(self._arrays)
 
     def shape(self, name: str) -> Shape:
-        return tuple(self._slice(name).get_shape())
+        return self._arrays[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        stored = self._slice(name).get_dtype()
-        if stored not in _SAFETENSORS_DTYPES:
-            raise ValueError(f"{self.where}: tensor {name} is stored as {stored}; floating-point weights are needed.")
-        return _SAFETENSORS_DTYPES[stored]
+        return self._arrays[name].dtype
 
     def read(self, name: str, box: Box) -> torch.Tensor:
-        return self._slice(name)[box]
+        return self._arrays[name].read(box)
 
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}): download or copy it again.") from None
+    def read_into(self, target: torch.Tensor, name: str, box: Box) -> None:
+        """``read`` to a place in memory, of the box's shape and the stored dtype."""
+        self._arrays[name].read_into(target, box)
 
 
 class TorchSource:
-    """``pytorch_model.bin``, one file or several, mapped into memory and never unpickled beyond plain tensors."""
+    """``pytorch_model.bin``, one file or several, mapped into memory and never unpickled beyond plain tensors. What has
+    been read of it counts as this process's memory until the system wants it back."""
 
     def __init__(self, files: list[Path], where: str) -> None:
-        self.where = where
+        self.where, self._paths = where, files
         self._tensors: dict[str, torch.Tensor] = {}
         for path in files:
             for name, tensor in _unpickle(path).items():
                 if name in self._tensors:
                     raise ValueError(f"{where} holds tensor {name} twice (again in {path.name}).")
-                if not is_buffer(name):
-                    self._tensors[name] = tensor
+                if is_buffer(name):
+                    continue
+                if not tensor.is_floating_point():
+                    raise ValueError(
+                        f"{path}: tensor {name} is stored as {tensor.dtype}; floating-point weights are needed."
+                    )
+                self._tensors[name] = tensor
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TorchSource, (self._paths, self.where)  # another process maps the files, rather than be sent all weights
 
     def names(self) -> tuple[str, ...]:
         return tuple(self._tensors)
@@ -124,6 +131,38 @@ def _unpickle(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
         raise ValueError(f"{path} holds other things than tensors and is refused: save the model as safetensors.")
     return loaded
+
+
+@dataclass(frozen=True)
+class TrunkSource:
+    """A checkpoint of a trunk without heads (the released GPT-2), whose names lack the trunk's own before them."""
+
+    source: WeightSource
+    prefix: str
+
+    @property
+    def where(self) -> str:
+        return self.source.where
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.prefix + name for name in self.source.names())
+
+    def shape(self, name: str) -> Shape:
+        return self.source.shape(name.removeprefix(self.prefix))
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.source.dtype(name.removeprefix(self.prefix))
+
+    def read(self, name: str, box: Box) -> torch.Tensor:
+        return self.source.read(name.removeprefix(self.prefix), box)
+
+
+def _with_trunk_name(source: WeightSource) -> WeightSource:
+    for embedding in {family.embedding for family in FAMILIES}:
+        trunk, name = embedding.split(".", 1)
+        if name in source.names():
+            return TrunkSource(source, f"{trunk}.")
+    return source
 
 
 class RandomSource:
@@ -174,28 +213,39 @@ def normal(name: str, seed: int, shape: Shape) -> torch.Tensor:
 def open_hf(directory: Path) -> WeightSource:
     """The weights of a Hugging Face directory: safetensors if there, else ``pytorch_model.bin``.
 
-    Raises ValueError when there are none or a file is missing or damaged.
+    Raises ValueError when there are none, a file is missing or damaged, or one tensor is there twice.
     """
     directory, where = Path(directory), str(directory)
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if index.is_file():
-        return SafetensorsSource(_indexed(index), where)
-    if single.is_file():
-        return SafetensorsSource(dict.fromkeys(_open(single).keys(), single), where)
-    single, index = directory / "pytorch_model.bin", directory / "pytorch_model.bin.index.json"
-    if index.is_file():
-        return TorchSource(sorted(set(_indexed(index).values())), where)
-    if single.is_file():
-        return TorchSource([single], where)
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        single, index = directory / name, directory / f"{name}.index.json"
+        if single.is_file() and index.is_file():
+            raise ValueError(f"{directory} holds {single.name} and {index.name}, which are two models: remove one.")
+        if not single.is_file() and not index.is_file():
+            continue
+        places = _indexed(index) if index.is_file() else None
+        files = [single] if places is None else sorted(set(places.values()))
+        if name.endswith("safetensors"):
+            return _with_trunk_name(SafetensorsSource(files, where, places))
+        return _with_trunk_name(TorchSource(files, where))
     raise ValueError(f"{directory} has no weights: neither model.safetensors nor pytorch_model.bin, single or sharded.")
 
 
 def _indexed(index: Path) -> dict[str, Path]:
     try:
-        files = {name: index.parent / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    except (json.JSONDecodeError, KeyError, AttributeError):
+        places = json.loads(index.read_text(), object_pairs_hook=_without_twins)["weight_map"]
+        files = {name: index.parent / file for name, file in places.items()}
+    except (json.JSONDecodeError, KeyError, AttributeError, TypeError):
         raise ValueError(f"{index} is not an index of weight files: download it again.") from None
     for path in sorted(set(files.values())):
         if not path.is_file():
             raise ValueError(f"{path} is missing, although {index.name} names it: download it again.")
     return files
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        names = [name for name, _ in pairs]
+        twin = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"The index of weight files names {twin} twice: download it again.")
+    return result

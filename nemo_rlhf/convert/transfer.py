@@ -1,94 +1,101 @@
-"""Whole checkpoints from one format to the other. Each appears under its name only when it is complete."""
+"""Whole checkpoints from one format to the other. Each appears under its name only when it is complete.
+
+Weights pass through in blocks of a few megabytes, so the memory needed does not grow with the model; nothing needs a
+GPU, a model or torch.distributed.
+"""
 
 from __future__ import annotations
 
-import functools
 import json
-import os
+import math
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from nemo_rlhf.config.architecture import Architecture
-from nemo_rlhf.convert.checkpoint import CheckpointSource
+from nemo_rlhf.convert.checkpoint import WEIGHTS, CheckpointSource
+from nemo_rlhf.convert.directory import new_directory, refuse_existing
+from nemo_rlhf.convert.families import weight_map
 from nemo_rlhf.convert.locate import CONFIG, TOKENIZER, read_architecture, resolve_restore_from, tokenizer_directory
-from nemo_rlhf.convert.mapping import whole
 from nemo_rlhf.convert.source import WeightSource, open_hf
+from nemo_rlhf.convert.to_hf import write_safetensors
+from nemo_rlhf.convert.to_megatron import write_weights
+from nemo_rlhf.convert.workers import check_workers
+from nemo_rlhf.parallel import manifest
 
 GENERATION_CONFIG = "generation_config.json"
 # what transformers writes for a tokenizer, whichever its kind
 _TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
+    "tokenizer*",
+    "tokenization_*.py",
+    "*.model",
+    "*.tiktoken",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
+    "vocab.*",
     "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
+    "chat_template*",
+    "additional_chat_templates/*",
 )
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def import_hf(hf_dir: str | Path, ckpt_dir: str | Path, *, force: bool = False) -> Path:
+def import_hf(hf_dir: str | Path, ckpt_dir: str | Path, *, force: bool = False, workers: int = 1) -> Path:
     """Write the model of a Hugging Face directory as a Megatron checkpoint, in the dtype that its weights have.
 
-    Runs in one process, which need not be prepared: torch.distributed is set up for a world of one when it is not.
-    Needs memory for the whole model.
-
     Args:
-        force: replace an existing ``ckpt_dir``.
+        force: replace an existing ``ckpt_dir``, once the new one is complete.
+        workers: processes that share the work.
 
     Raises:
-        ValueError: no such model, not supported, damaged, or ``ckpt_dir`` exists.
+        ValueError: no such model, not supported, damaged, ``ckpt_dir`` exists or there is no room for it.
         OSError: the checkpoint cannot be written; nothing of it is left.
     """
-    from nemo_rlhf.convert.load import load_weights
-    from nemo_rlhf.parallel import checkpoint, state
-    from nemo_rlhf.parallel.gpt import build_gpt
-
     form, hf_dir = resolve_restore_from(hf_dir)
     if form != "hf":
         raise ValueError(f"{hf_dir} is a Megatron checkpoint already.")
-    source = open_hf(hf_dir)
-    dtype = stored_dtype(source)
-    architecture = replace(read_architecture(hf_dir), dtype=_name(dtype))
+    check_workers(workers)
     refuse_existing(Path(ckpt_dir), force)
-    if not torch.distributed.is_initialized():
-        state.set_environment_for_one_process()
-    state.initialize(tensor_parallel=1, pipeline_parallel=1, seed=0)
-    model = build_gpt(architecture, dtype=dtype)
-    load_weights(model, source, architecture)
-
-    def write(directory: Path) -> None:
-        checkpoint.save_model(model, directory)
+    source, architecture = open_hf(hf_dir), read_architecture(hf_dir)
+    weights = weight_map(architecture)
+    weights.check({name: source.shape(name) for name in source.names()}, source.where)
+    architecture = replace(architecture, dtype=dtype_name(stored_dtype(source)))
+    with new_directory(Path(ckpt_dir), force, _bytes(source)) as directory:
+        (directory / WEIGHTS).mkdir()
+        described, written = write_weights(source, architecture, directory / WEIGHTS, workers)
+        _compare_counts(_count(source, set(weights.tensors)), written, hf_dir)
         copy_tokenizer(hf_dir, directory / TOKENIZER)
-
-    checkpoint.write_atomically(Path(ckpt_dir), write)
+        architecture.save(directory)  # last, for it makes the directory look like a checkpoint
+        known = {f"{WEIGHTS}/{name}": entry for name, entry in described.items()}
+        names = manifest.files(directory)
+        manifest.write(directory, {name: known.get(name) or manifest.describe(directory / name) for name in names})
     return Path(ckpt_dir)
 
 
 def export_hf(
-    ckpt_dir: str | Path, hf_dir: str | Path, max_shard_size: str | int = "5GB", *, force: bool = False
+    ckpt_dir: str | Path,
+    hf_dir: str | Path,
+    max_shard_size: str | int = "5GB",
+    *,
+    force: bool = False,
+    workers: int = 1,
 ) -> Path:
     """Write the language model of a Megatron checkpoint as a Hugging Face directory, in the dtype it is stored in.
 
-    Runs in one process on the CPU, without building a model; holds one shard of weights at a time.
-
     Args:
         max_shard_size: bytes, or a number with KB, MB, GB, KiB, MiB or GiB.
-        force: replace an existing ``hf_dir``.
+        force: replace an existing ``hf_dir``, once the new one is complete.
+        workers: processes that share the work.
 
     Raises:
-        ValueError: no such checkpoint, damaged, not a language model, or ``hf_dir`` exists.
+        ValueError: no such checkpoint, damaged, not a language model, ``hf_dir`` exists or there is no room for it.
+        OSError: the directory cannot be written; nothing of it is left.
     """
     form, ckpt_dir = resolve_restore_from(ckpt_dir)
     if form != "megatron":
@@ -100,21 +107,46 @@ def export_hf(
             "exported: name the policy instead."
         )
     limit = parse_size(max_shard_size)
+    check_workers(workers)
+    refuse_existing(Path(hf_dir), force)
     source = CheckpointSource(ckpt_dir, architecture)
-    with new_directory(Path(hf_dir), force) as directory:
-        write_safetensors(source, directory, limit)
-        config = hf_config(architecture, stored_dtype(source))
-        (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    config = hf_config(architecture, stored_dtype(source))
+    with new_directory(Path(hf_dir), force, _bytes(source)) as directory:
+        written = write_safetensors(source, directory, limit, workers)
+        _compare_counts(weight_map(architecture).num_parameters(), written, ckpt_dir)
         copy_tokenizer(tokenizer_directory(ckpt_dir), directory)
+        _write_config(config, directory / CONFIG)
     return Path(hf_dir)
 
 
+def _write_config(config: dict[str, Any], path: Path) -> None:
+    """Leave the file as it is where it says ``config`` already, so that its bytes stay those of the origin."""
+    if not path.is_file() or json.loads(path.read_text()) != config:
+        path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _compare_counts(expected: int, written: int, origin: Path) -> None:
+    if expected != written:
+        raise ValueError(f"{origin} has {expected} parameters, but {written} were converted: the files are damaged.")
+
+
+def _count(source: WeightSource, names: Collection[str]) -> int:
+    return sum(math.prod(source.shape(name)) for name in names)
+
+
+def _bytes(source: WeightSource) -> int:
+    return sum(math.prod(source.shape(name)) * source.dtype(name).itemsize for name in source.names())
+
+
 def stored_dtype(source: WeightSource) -> torch.dtype:
-    """The dtype of all weights; the narrowest that holds each exactly where they differ."""
-    return functools.reduce(torch.promote_types, {source.dtype(name) for name in source.names()})
+    """The dtype that most parameters are stored in."""
+    counts: Counter[torch.dtype] = Counter()
+    for name in source.names():
+        counts[source.dtype(name)] += math.prod(source.shape(name))
+    return counts.most_common(1)[0][0]
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -123,7 +155,7 @@ def hf_config(architecture: Architecture, dtype: torch.dtype) -> dict[str, Any]:
     if not architecture.hf_config:
         raise ValueError("The checkpoint's model_config.yaml has no hf_config to write a config.json from.")
     key = "torch_dtype" if "torch_dtype" in architecture.hf_config else "dtype"
-    return {**architecture.hf_config, key: _name(dtype)}
+    return {**architecture.hf_config, key: dtype_name(dtype)}
 
 
 def parse_size(size: str | int) -> int:
@@ -135,80 +167,13 @@ def parse_size(size: str | int) -> int:
     return result
 
 
-def write_safetensors(source: WeightSource, directory: Path, max_shard_bytes: int) -> None:
-    """All tensors of ``source`` as ``model.safetensors``, or as shards with an index where that would be too large."""
-    shards = _plan(source, max_shard_bytes)
-    files: dict[str, str] = {}
-    total = 0
-    for number, names in enumerate(shards, start=1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: source.read(name, whole(source.shape(name))).contiguous() for name in names}
-        save_file(tensors, directory / file, metadata={"format": "pt"})
-        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        files |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _plan(source: WeightSource, max_shard_bytes: int) -> list[list[str]]:
-    """Names by shard, in order. A tensor above the limit gets a shard of its own."""
-    shards: list[list[str]] = []
-    room = 0
-    for name in source.names():
-        size = torch.Size(source.shape(name)).numel() * source.dtype(name).itemsize
-        if not shards or size > room:
-            shards.append([])
-            room = max_shard_bytes
-        shards[-1].append(name)
-        room -= size
-    return shards
-
-
 def copy_tokenizer(origin: Path, target: Path) -> None:
-    """Copy tokenizer, chat template and generation settings unchanged; what ``origin`` lacks is left out."""
+    """Copy tokenizer, chat template, ``config.json`` and generation settings unchanged; what ``origin`` lacks is left
+    out."""
     target.mkdir(parents=True, exist_ok=True)
-    for name in (*_TOKENIZER_FILES, GENERATION_CONFIG):
-        if (origin / name).is_file():
-            shutil.copyfile(origin / name, target / name)
-
-
-def refuse_existing(target: Path, force: bool) -> None:
-    if target.exists() and not force:
-        raise ValueError(f"{target} exists already: name a new directory or remove it.")
-
-
-@contextmanager
-def new_directory(target: Path, force: bool) -> Iterator[Path]:
-    """A directory to fill, which becomes ``target`` when the block ends well and vanishes when it does not.
-
-    Raises:
-        ValueError: ``target`` exists and ``force`` is not set, or its parent cannot be written.
-    """
-    refuse_existing(target, force)
-    temporary = target.parent / f".{target.name}.unfinished"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise ValueError(f"{target.parent} cannot be written to ({error.strerror}): choose another place.") from None
-    try:
-        yield temporary
-        for path in sorted(temporary.rglob("*")):
-            _sync(path)
-        _sync(temporary)
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.rename(target)
-        _sync(target.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    for pattern in (*_TOKENIZER_FILES, GENERATION_CONFIG, CONFIG):
+        for file in origin.glob(pattern):
+            if file.is_file():
+                copy = target / file.relative_to(origin)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)

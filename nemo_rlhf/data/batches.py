@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nemo_rlhf.types import Sample, Text
+from nemo_rlhf.types import Dialogue, Sample, Text
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
@@ -28,6 +28,15 @@ def pad_samples(samples: Sequence[Sample], pad_id: int, multiple_of: int = 1) ->
     rows = [sample.prompt.token_ids + sample.response_ids for sample in samples]
     masks = [[False] * len(s.prompt.token_ids) + [True] * len(s.response_ids) for s in samples]
     return _pad(rows, masks, pad_id, multiple_of)
+
+
+def pad_dialogues(dialogues: Sequence[Dialogue], pad_id: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As ``pad_tokens``, with the dialogues' ``action_mask`` as the mask; and ``rewards`` (fp32) [rows, sequence]."""
+    tokens, mask, lengths = _pad([d.token_ids for d in dialogues], [d.action_mask for d in dialogues], pad_id, 1)
+    rewards = torch.zeros(tokens.shape)
+    for index, dialogue in enumerate(dialogues):
+        rewards[index, : len(dialogue.rewards)] = torch.tensor(dialogue.rewards)
+    return tokens, mask, lengths, rewards
 
 
 def _pad(rows: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]], pad_id: int, multiple_of: int) -> Batch:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from nemo_rlhf.data.records import Source, missing_field, read_records
+from nemo_rlhf.data.records import Source, finite_reward, read_records, rewards_of
 from nemo_rlhf.data.texts import Piece, pieces_of
 from nemo_rlhf.types import Dialogue
 
@@ -46,7 +46,7 @@ def read_dialogues(
     dialogues = []
     num_cut = num_lost = 0
     for index, (where, record) in enumerate(records):
-        given = _rewards_of(where, record) if rewards is None else rewards[index]
+        given = rewards_of(where, record) if rewards is None else rewards[index]
         pieces = _pieces(where, record, tokenizer)
         scored = _score(where, pieces, given)
         if sum(len(ids) for ids, _ in pieces) > max_sequence_length:
@@ -70,9 +70,9 @@ def read_dialogues(
     return dialogues
 
 
-def standardise(dialogues: Sequence[Dialogue]) -> list[Dialogue]:
-    """The dialogues with rewards scaled so that totals have standard deviation 1; and mean 0, as in trlX, where every
-    reward falls on a dialogue's last action. Elsewhere a shift would reward longer dialogues, or shorter ones.
+def standardise(dialogues: Sequence[Dialogue], *others: Sequence[Dialogue]) -> list[list[Dialogue]]:
+    """Both with rewards scaled so that the totals of ``dialogues`` have standard deviation 1; and mean 0, as in trlX,
+    where every reward falls on a dialogue's last action. Elsewhere a shift would reward longer dialogues, or shorter.
 
     Warns, and leaves them as they are, where all totals are equal: there is nothing to learn from them.
     """
@@ -81,32 +81,23 @@ def standardise(dialogues: Sequence[Dialogue]) -> list[Dialogue]:
     deviation = math.sqrt(sum((total - mean) ** 2 for total in totals) / len(totals))
     if deviation <= 1e-12 * max(1.0, abs(mean)):
         warnings.warn(f"All {len(totals)} dialogues have the same reward: there is nothing to learn.", stacklevel=2)
-        return list(dialogues)
-    lasts = [max(index for index, is_action in enumerate(d.action_mask) if is_action) for d in dialogues]
-    is_sparse = not any(any(d.rewards[:last]) for d, last in zip(dialogues, lasts, strict=True))
-    shift = mean / deviation if is_sparse else 0.0
-    return [
-        replace(d, rewards=tuple(r / deviation - (shift if i == last else 0.0) for i, r in enumerate(d.rewards)))
-        for d, last in zip(dialogues, lasts, strict=True)
-    ]
+        mean, deviation = 0.0, 1.0
+    is_sparse = not any(any(d.rewards[: _last_action(d)]) for d in dialogues)
+    shift = mean if is_sparse else 0.0
+    return [[_scaled(dialogue, shift, deviation) for dialogue in group] for group in (dialogues, *others)]
 
 
-def _rewards_of(where: str, record: Any) -> Any:
-    if not isinstance(record, dict):
-        raise ValueError(f'{where} is a {type(record).__name__}, and must be an object with "reward" or "rewards".')
-    found = [record[name] for name in ("reward", "rewards") if record.get(name) is not None]
-    if not found:
-        raise missing_field(where, record, ("reward", "rewards"))
-    if len(found) > 1:
-        raise ValueError(f'{where} has both "reward" and "rewards": give one of them.')
-    return found[0]
+def _last_action(dialogue: Dialogue) -> int:
+    return max(index for index, is_action in enumerate(dialogue.action_mask) if is_action)
+
+
+def _scaled(dialogue: Dialogue, shift: float, deviation: float) -> Dialogue:
+    rewards = list(dialogue.rewards)
+    rewards[_last_action(dialogue)] -= shift
+    return replace(dialogue, rewards=tuple(reward / deviation for reward in rewards))
 
 
 def _pieces(where: str, record: Any, tokenizer: Any) -> list[Piece]:
-    if isinstance(record, dict) and record.get("turns") is not None:
-        if not isinstance(record["turns"], (list, tuple)):
-            raise ValueError(f'{where}: "turns" is a {type(record["turns"]).__name__}, and must be a list of texts.')
-        record = record["turns"]
     pieces = [piece for piece in pieces_of(where, record, tokenizer) if piece[0]]
     if pieces[0][1]:  # the first token has no state before it
         (ids, _), *others = pieces
@@ -121,9 +112,9 @@ def _score(where: str, pieces: Sequence[Piece], given: Any) -> list[list[float]]
     scored = [[0.0] * len(ids) for ids, _ in pieces]
     turns = [index for index, (_, is_action) in enumerate(pieces) if is_action]
     if not isinstance(given, (list, tuple)):
-        scored[turns[-1]][-1] = _number(where, given)
+        scored[turns[-1]][-1] = finite_reward(where, given)
         return scored
-    values = [_number(where, value) for value in given]
+    values = [finite_reward(where, value) for value in given]
     num_tokens = sum(len(pieces[turn][0]) for turn in turns)
     if len(values) == len(turns):
         for turn, value in zip(turns, values, strict=True):
@@ -138,16 +129,6 @@ def _score(where: str, pieces: Sequence[Piece], given: Any) -> list[list[float]]
             "included): give one number, one a turn or one a token."
         )
     return scored
-
-
-def _number(where: str, value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{where}: the reward {value!r} is not a number.") from None
-    if isinstance(value, (str, bool)) or not math.isfinite(number):
-        raise ValueError(f"{where}: the reward {value!r} is not a finite number.")
-    return number
 
 
 def _shorten(

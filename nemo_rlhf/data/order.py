@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Generic, TypeVar
+
 import numpy as np
 
 WORD = 2**64
@@ -32,3 +35,23 @@ class Order:
             generator = np.random.Generator(np.random.Philox(key=key))
             self._epochs[epoch] = generator.permutation(self._size) if self._shuffle else np.arange(self._size)
         return self._epochs[epoch]
+
+
+Record = TypeVar("Record")
+
+
+class Stream(Generic[Record]):
+    """An endless, shuffled sequence of records (texts, dialogues), cut into batches of ``batch_size``."""
+
+    def __init__(self, records: Sequence[Record], batch_size: int, seed: int, shuffle: bool = True):
+        self._records = records
+        self._batch_size = batch_size
+        self._order = Order(len(records), seed, shuffle)
+
+    def num_steps(self, epochs: int) -> int:
+        """Batches that visit every record at least ``epochs`` times."""
+        return -(-epochs * len(self._records) // self._batch_size)
+
+    def batch(self, step: int) -> list[Record]:
+        """The records of step ``step`` (from 0): a function of the seed and the step alone."""
+        return [self._records[index] for index in self._order.batch(step, self._batch_size)]

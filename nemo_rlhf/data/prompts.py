@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from nemo_rlhf.data.order import Order
 from nemo_rlhf.data.records import Source, missing_field, read_records
 from nemo_rlhf.data.tokenizer import encode, render_chat
 from nemo_rlhf.types import Prompt
@@ -72,16 +71,3 @@ def share_fields(*groups: Sequence[Prompt]) -> list[list[Prompt]]:
         [replace(prompt, metadata={name: prompt.metadata.get(name) for name in names}) for prompt in group]
         for group in groups
     ]
-
-
-class PromptStream:
-    """An endless, shuffled sequence of prompts, cut into batches of ``num_prompts`` (it may exceed their number)."""
-
-    def __init__(self, prompts: Sequence[Prompt], num_prompts: int, seed: int, shuffle: bool = True):
-        self._prompts = prompts
-        self._num_prompts = num_prompts
-        self._order = Order(len(prompts), seed, shuffle)
-
-    def batch(self, step: int) -> list[Prompt]:
-        """The prompts of step ``step`` (from 0): a function of the seed and the step alone."""
-        return [self._prompts[index] for index in self._order.batch(step, self._num_prompts)]

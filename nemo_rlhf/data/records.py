@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,41 @@ def missing_field(where: str, record: Mapping[str, Any], fields: Sequence[str]) 
     wanted = " or ".join(json.dumps(field) for field in fields)
     hint = f'; rename "{near[0]}"' if near else ""
     return ValueError(f"{where} has no field {wanted}: {has}{hint}.")
+
+
+def rewards_of(where: str, record: Any) -> Any:
+    """What stands in a record's "reward" or "rewards". Raises ValueError where it has none, or both."""
+    if not isinstance(record, dict):
+        raise ValueError(f'{where} is a {type(record).__name__}, and must be an object with "reward" or "rewards".')
+    found = [record[name] for name in ("reward", "rewards") if record.get(name) is not None]
+    if not found:
+        raise missing_field(where, record, ("reward", "rewards"))
+    if len(found) > 1:
+        raise ValueError(f'{where} has both "reward" and "rewards": give one of them.')
+    return found[0]
+
+
+def finite_reward(where: str, value: Any) -> float:
+    """``value`` as a number. Raises ValueError where it is none, or NaN or infinite."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{where}: the reward {value!r} is not a number.") from None
+    if isinstance(value, (str, bool)) or not math.isfinite(number):
+        raise ValueError(f"{where}: the reward {value!r} is not a finite number.")
+    return number
+
+
+def best_records(records: Sequence[tuple[str, Any]], percent: float) -> list[tuple[str, Any]]:
+    """The best ``percent`` of scored (where, record) pairs by their reward, or the sum of their rewards, in the order
+    they came in; at least one, and of equals the first. Raises ValueError for a record without finite rewards."""
+    totals = []
+    for where, record in records:
+        given = rewards_of(where, record)
+        values = given if isinstance(given, (list, tuple)) else [given]
+        totals.append(sum(finite_reward(where, value) for value in values))
+    ranked = sorted(range(len(records)), key=lambda index: totals[index], reverse=True)
+    return [records[index] for index in sorted(ranked[: max(1, math.ceil(len(records) * percent / 100))])]
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:

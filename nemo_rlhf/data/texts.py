@@ -7,9 +7,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from nemo_rlhf.data.order import Order
 from nemo_rlhf.data.prompts import encode_prompt
-from nemo_rlhf.data.records import Source, missing_field, read_records
+from nemo_rlhf.data.records import Source, best_records, missing_field, read_records
 from nemo_rlhf.data.tokenizer import encode, render_chat
 from nemo_rlhf.types import Text
 
@@ -21,17 +20,21 @@ GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 Piece = tuple[list[int], bool]  # token ids and whether they are learned
 
 
-def read_texts(source: Source, tokenizer: Any, max_sequence_length: int, train_on: TrainOn) -> list[Text]:
+def read_texts(
+    source: Source, tokenizer: Any, max_sequence_length: int, train_on: TrainOn, *, top_percent: float = 100.0
+) -> list[Text]:
     """Texts from a jsonl file, a ``datasets`` directory or a sequence of records.
 
     A record is one of
     - ``{"prompt", "response"}``: prompt (a string or chat messages) and response are tokenised separately, as they are
       in a rollout; the response is learned, EOS at its end included;
     - ``{"messages"}``: a chat in the tokenizer's template; the assistant's turns are learned;
-    - ``[prompt, output, prompt, output, ...]``: a dialogue without template; the outputs are learned, with a last EOS;
+    - ``[prompt, output, prompt, output, ...]``, or that as ``{"turns"}``: a dialogue without template; the outputs are
+      learned, with a last EOS;
     - ``{"text"}`` or a string: everything is learned, with EOS at the end.
 
-    ``train_on``: "all" learns every token of every form. The first token of a text is never learned, as nothing
+    ``top_percent``: below 100, only this best share of the records is read, by the "reward" or "rewards" that each must
+    then have. ``train_on``: "all" learns every token of every form. The first token of a text is never learned, as nothing
     precedes it. Longer than ``max_sequence_length`` tokens: what precedes the last learned stretch is cut at its start
     (BOS stays), then that stretch at its end; one warning says how many texts lost what.
     Raises ValueError, which names the place, for a record that is none of these or has nothing to learn.
@@ -40,7 +43,8 @@ def read_texts(source: Source, tokenizer: Any, max_sequence_length: int, train_o
         raise ValueError(f"data.max_sequence_length is {max_sequence_length}: it must be at least 2.")
     texts: list[Text] = []
     num_cut_prompts = num_cut_responses = 0
-    for where, record in read_records(source, "text"):
+    records = read_records(source, "text")
+    for where, record in records if top_percent == 100 else best_records(list(records), top_percent):
         token_ids, learned = _join(pieces_of(where, record, tokenizer))
         token_ids, learned, cut_prompt, cut_response = _fit(token_ids, learned, max_sequence_length, tokenizer)
         num_cut_prompts += cut_prompt
@@ -59,19 +63,6 @@ def read_texts(source: Source, tokenizer: Any, max_sequence_length: int, train_o
     return texts
 
 
-class TextStream:
-    """An endless, shuffled sequence of texts, cut into batches of ``global_batch_size``."""
-
-    def __init__(self, texts: Sequence[Text], global_batch_size: int, seed: int, shuffle: bool = True):
-        self._texts = texts
-        self._global_batch_size = global_batch_size
-        self._order = Order(len(texts), seed, shuffle)
-
-    def batch(self, step: int) -> list[Text]:
-        """The texts of step ``step`` (from 0): a function of the seed and the step alone."""
-        return [self._texts[index] for index in self._order.batch(step, self._global_batch_size)]
-
-
 def pieces_of(where: str, record: Any, tokenizer: Any) -> list[Piece]:
     """The pieces of a record in one of the forms of ``read_texts``: every stretch that is learned is one of them."""
     if isinstance(record, (list, tuple)):
@@ -86,6 +77,10 @@ def pieces_of(where: str, record: Any, tokenizer: Any) -> list[Piece]:
         pieces = _prompt_and_response(where, record["prompt"], record["response"], tokenizer)
     elif record.get("messages") is not None:
         return _chat(f"{where}: messages", record["messages"], tokenizer)
+    elif record.get("turns") is not None:
+        if not isinstance(record["turns"], (list, tuple)):
+            raise ValueError(f'{where}: "turns" is a {type(record["turns"]).__name__}, and must be a list of texts.')
+        pieces = _dialogue(where, record["turns"], tokenizer)
     elif record.get("text") is not None:
         pieces = _whole_text(where, record["text"], tokenizer)
     else:

@@ -6,7 +6,9 @@ What is replaced, and nothing else:
 * ``Tensor.cuda``, ``Tensor.pin_memory``, ``Module.cuda``: return their object;
 * ``Tensor.type()``: names the CUDA type, which megatron's gradient clipping compares with;
 * ``torch.cuda``: device, stream, event, memory and random-state calls;
-* megatron's two random-state functions, so that its tracker (dropout, recomputation) works on CPU states.
+* megatron's two random-state functions, so that its tracker (dropout, recomputation) works on CPU states;
+* the copy to the host of how many tokens each expert gets, which leaves host tensors as they are instead of giving the
+  arrays asked for.
 
 Functions are replaced rather than intercepted by a TorchFunctionMode, because such a mode is switched off inside
 ``Tensor.backward()``, where recomputed layers create tensors again.
@@ -187,6 +189,16 @@ def _patch_random() -> None:
     logging.getLogger(tracker.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
 
 
+def _patch_experts() -> None:
+    import megatron.core.transformer.moe.moe_utils as utils
+    import megatron.core.transformer.moe.token_dispatcher as dispatcher
+
+    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+    utils.maybe_move_tensor_to_cpu = dispatcher.maybe_move_tensor_to_cpu = to_host
+
+
 def install() -> None:
     """Put the stand-in in place. Once per process; it stays for the life of the process."""
     global _installed
@@ -201,4 +213,5 @@ def install() -> None:
     _patch_tensor()
     _patch_cuda()
     _patch_random()
+    _patch_experts()
     _installed = True

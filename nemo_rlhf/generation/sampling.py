@@ -26,8 +26,9 @@ INVALID_TOKEN = -1  # drawn where the logits are NaN
 @dataclass(frozen=True)
 class SamplingParams:
     """How a continuation is drawn and when it ends. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 filter
-    nothing. Generation ends after a token of EOS (unless ``ignore_eos``), after the token that completes one of the
-    ``stop`` strings, or after ``max_new_tokens``.
+    nothing. ``beta`` > 0 adds ``beta * (Q - V)`` to the log-probabilities of an ILQL model before anything else, where
+    an advantage counts at most +-``adv_clip``. Generation ends after a token of EOS (unless ``ignore_eos``), after the
+    token that completes one of the ``stop`` strings, or after ``max_new_tokens``.
 
     Raises:
         ValueError: a value is out of its range.
@@ -40,12 +41,16 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     seed: int = 0
+    beta: float = 0.0
+    adv_clip: float | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"generation.max_new_tokens={self.max_new_tokens}: at least one token must be asked for.")
         if not 0.0 <= self.temperature < float("inf"):
             raise ValueError(f"generation.temperature={self.temperature}: give 0 (greedy) or a positive number.")
+        if not 0.0 <= self.beta < float("inf"):
+            raise ValueError(f"generation.beta={self.beta}: give 0 (no guidance) or a positive number.")
         if self.top_k < 0:
             raise ValueError(f"generation.top_k={self.top_k}: give 0 (off) or the number of tokens to keep.")
         if not 0.0 < self.top_p <= 1.0:

@@ -5,13 +5,15 @@ all of them know what comes next without asking.
 
 The sequences of a group always hold its first slots, without gaps: a decoding step then reads a plain slice of the
 key-value cache. When a sequence ends, the last one moves into its slot.
+
+A sequence may have several turns: what somebody else says after one is appended to the slot's cache, which is kept.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from nemo_rlhf.generation.ending import Ending
@@ -21,33 +23,51 @@ from nemo_rlhf.types import FinishReason, Request, Sample
 REFILL_SHARE = 0.125  # of a group's slots must be free before a prefill interrupts its decoding
 PREFILL_TOKENS = 16384  # padded tokens of one prefill at most, which bounds its activations
 
+# Given turns that have ended just now: for each, what follows it before the next turn, or None where that was the last.
+GoOn = Callable[[Sequence[Sample]], Sequence[Sequence[int] | None]]
+
 
 @dataclass
 class Running:
-    """A request that holds a slot, with what was sampled for it so far."""
+    """A request that holds a slot. ``context``: what precedes this turn, the prompt to begin with, of which ``cached``
+    tokens are in the cache; ``response``: what was sampled in this turn so far."""
 
     order: int
     request: Request
+    context: tuple[int, ...]
+    cached: int = 0
     response: list[int] = field(default_factory=list)
     finished: FinishReason | None = None
 
     @property
-    def prompt_ids(self) -> tuple[int, ...]:
-        return self.request.prompt.token_ids
+    def new_ids(self) -> tuple[int, ...]:
+        """What has to be run before the turn's first token is drawn."""
+        return self.context[self.cached :]
 
     @property
     def length(self) -> int:
-        return len(self.prompt_ids) + len(self.response)
+        return len(self.context) + len(self.response)
+
+    def next_turn(self, following: Sequence[int]) -> None:
+        self.cached = self.length - 1  # the last token was drawn, but not run
+        self.context = (*self.context, *self.response, *following)
+        self.response, self.finished = [], None
 
 
 @dataclass(frozen=True)
 class Work:
-    """One forward pass of a group: ``rows`` sit in its slots from ``first_slot`` on. A prefill runs their prompts, a
-    decoding step the last token of each. Either draws one token a row."""
+    """One forward pass of a group over ``rows``, which sit in ``slots``. A prefill runs their prompts, an append what
+    followed their last turns, a decoding step the last token of each. Each draws one token a row. Only the slots of an
+    append need not lie side by side."""
 
     rows: tuple[Running, ...]
-    first_slot: int
-    prefill: bool
+    slots: tuple[int, ...]
+    prefill: bool = False
+    append: bool = False
+
+    @property
+    def first_slot(self) -> int:
+        return self.slots[0]
 
 
 @dataclass
@@ -58,13 +78,21 @@ class _Group:
 
 class Scheduler:
     """Assigns requests to ``num_slots`` slots in ``num_groups`` groups. At most one piece of work a group is under way:
-    take it with ``next_work``, hand its tokens to ``record``."""
+    take it with ``next_work``, hand its tokens to ``record``. Without ``go_on`` a sequence has one turn."""
 
-    def __init__(self, requests: Sequence[Request], ending: Ending, num_slots: int, num_groups: int = 1) -> None:
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        ending: Ending,
+        num_slots: int,
+        num_groups: int = 1,
+        go_on: GoOn | None = None,
+    ) -> None:
         self._ending = ending
+        self._go_on = go_on
         # prompts of similar length are filled in together, which saves padding; long ones first, as they may end last
         order = sorted(range(len(requests)), key=lambda index: -len(requests[index].prompt.token_ids))
-        self._queue = deque(Running(index, requests[index]) for index in order)
+        self._queue = deque(Running(index, requests[index], requests[index].prompt.token_ids) for index in order)
         self._samples: list[Sample | None] = [None] * len(requests)
         share, rest = divmod(min(num_slots, len(requests)), num_groups)
         self._groups = [_Group(share + (index < rest)) for index in range(num_groups)]
@@ -78,7 +106,7 @@ class Scheduler:
         return not self._queue and not any(group.running for group in self._groups)
 
     def samples(self) -> tuple[Sample, ...]:
-        """In the order of the requests."""
+        """The last turn of each sequence, in the order of the requests."""
         done = tuple(sample for sample in self._samples if sample is not None)
         assert len(done) == len(self._samples)
         return done
@@ -89,17 +117,21 @@ class Scheduler:
         if self._should_refill(place):
             first_slot = len(place.running)
             place.running += self._take(place.num_slots - first_slot)
-            return Work(tuple(place.running[first_slot:]), first_slot, prefill=True)
-        return Work(tuple(place.running), 0, prefill=False) if place.running else None
+            return Work(tuple(place.running[first_slot:]), tuple(range(first_slot, len(place.running))), prefill=True)
+        waiting = [slot for slot, row in enumerate(place.running) if not row.response]
+        if waiting:
+            waiting = _bounded(waiting, place.running)
+            return Work(tuple(place.running[slot] for slot in waiting), tuple(waiting), append=True)
+        return Work(tuple(place.running), tuple(range(len(place.running)))) if place.running else None
 
     def record(self, group: int, work: Work, tokens: Sequence[int]) -> list[tuple[int, int]]:
         """Append each row's token, release the slots of finished ones; returns the moves (from slot, to slot) that
         close the gaps.
 
         Raises:
-            ValueError: a token is not one: the model's logits were NaN.
+            ValueError: a token is not one: the model's logits were NaN; or what ``go_on`` raises.
         """
-        any_finished = False
+        ended = []
         for row, token in zip(work.rows, tokens, strict=True):
             if token == INVALID_TOKEN:
                 raise ValueError(
@@ -109,9 +141,16 @@ class Scheduler:
             row.response.append(token)
             row.finished = self._ending.reason(row.response)
             if row.finished is not None:
-                any_finished = True
-                self._samples[row.order] = self._sample(row, row.finished)
-        return _close_gaps(self._groups[group].running) if any_finished else []
+                ended.append((row, self._sample(row, row.finished)))
+        if not ended:
+            return []
+        following = self._go_on([sample for _, sample in ended]) if self._go_on else [None] * len(ended)
+        for (row, sample), more in zip(ended, following, strict=True):
+            if more is None:
+                self._samples[row.order] = sample
+            else:
+                row.next_turn(more)
+        return _close_gaps(self._groups[group].running)
 
     def _sample(self, row: Running, reason: FinishReason) -> Sample:
         text = self._ending.text(row.response, reason)
@@ -128,11 +167,23 @@ class Scheduler:
         taken: list[Running] = []
         while self._queue and len(taken) < count:
             # the first is the longest of them, to which the others are padded
-            longest = len(taken[0].prompt_ids) if taken else 0
+            longest = len(taken[0].new_ids) if taken else 0
             if taken and longest * (len(taken) + 1) > PREFILL_TOKENS:
                 break
             taken.append(self._queue.popleft())
         return taken
+
+
+def _bounded(waiting: Sequence[int], running: Sequence[Running]) -> list[int]:
+    """As many of them as one pass may hold, the others in the next."""
+    taken: list[int] = []
+    longest = 0
+    for slot in waiting:
+        longest = max(longest, len(running[slot].new_ids))
+        if taken and longest * (len(taken) + 1) > PREFILL_TOKENS:
+            break
+        taken.append(slot)
+    return taken
 
 
 def _close_gaps(running: list[Running]) -> list[tuple[int, int]]:

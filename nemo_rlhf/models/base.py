@@ -29,9 +29,11 @@ class NonFiniteError(ValueError):
 
 
 class MegatronModel(ModelPT):
-    """Base of the roles. ``gpt`` is the bare megatron module; ``optimizer`` is None in a role that does not learn."""
+    """Base of the roles. ``gpt`` is the bare megatron module; ``learner`` is None in a role that does not learn.
+    ``heads``: what the role has on its trunk beside or instead of the output layer (``Architecture.heads``)."""
 
     role: Role
+    heads: tuple[str, ...] = ()
 
     def __init__(self, config: ModelConfig, architecture: Architecture, precision: str) -> None:
         """``config``: how the model is cut and fed (TP and PP are those of the current process groups).
@@ -84,12 +86,26 @@ class MegatronModel(ModelPT):
             multiple_of=state.tp_size() if self.gpt.config.sequence_parallel else 1,
         )
 
+    def pack(
+        self, tokens: Tensor, mask: Tensor, lengths: Tensor, rows: Sequence[int], max_tokens: int
+    ) -> list[schedule.Microbatch]:
+        """The same of texts that share rows of at most ``max_tokens``."""
+        return schedule.pack(
+            tokens,
+            mask,
+            lengths,
+            rows,
+            max_tokens=max_tokens,
+            share=(state.dp_rank(), state.dp_size()),
+            multiple_of=state.tp_size() if self.gpt.config.sequence_parallel else 1,
+        )
+
     def forward(  # type: ignore[override]
         self, microbatches: Sequence[schedule.Microbatch], compute: schedule.Compute, like: Tensor
     ) -> dict[str, Tensor]:
         """What ``compute`` says of every selected token: host tensors [B, S] of the whole batch, on every rank."""
+        parts = schedule.forward(self.gpt, microbatches, compute, like)
         # a small batch may leave a data-parallel rank without rows
-        parts = schedule.forward(self.gpt, microbatches, compute, like) if microbatches else {}
         names = sorted(set().union(*state.gather_objects(list(parts))))
         nothing = torch.zeros(like.shape)
         return {name: state.sum_over_data_parallel(parts.get(name, nothing)) for name in names}

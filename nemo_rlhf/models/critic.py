@@ -13,6 +13,7 @@ from nemo_rlhf.parallel.schedule import Microbatch
 
 class CriticModel(MegatronModel):
     role = "critic"
+    heads = ("value",)
 
     def values(self, microbatches: Sequence[Microbatch], like: Tensor) -> Tensor:
         """Values [B, S] fp32 of the states before the selected tokens."""

@@ -21,6 +21,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from nemo_rlhf.parallel.elementwise import rotate
@@ -29,20 +30,22 @@ from nemo_rlhf.parallel.elementwise import rotate
 class KVCache(BaseInferenceContext):
     """Keys (rotated) and values of ``num_slots`` sequences, one pair of tensors a layer, allocated at first use.
 
-    Call ``prefill`` or ``decode`` before each forward pass: it says what the pass computes. A pass always covers slots
-    that lie side by side, so that attention reads a slice of the cache; ``move`` closes the gaps that others leave.
+    Call ``prefill``, ``decode`` or ``append`` before each forward pass: it says what the pass computes. The first two
+    cover slots that lie side by side, so that attention reads a slice of the cache; ``move`` closes the gaps that
+    others leave.
     """
 
     def __init__(self, num_slots: int, max_sequence_length: int) -> None:
         super().__init__(materialize_only_last_token_logits=False)
         self.num_slots = num_slots
         self.max_sequence_length = max_sequence_length
-        self.attention_mask: Tensor | None = None
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
-        self._slots = slice(0)
-        self._positions: Tensor | None = None
-        self._rows: Tensor | None = None
-        self._num_keys = 0
+        self._slots: slice | Tensor = slice(0)
+        self._positions: Tensor | None = None  # [n, S]; None in a prefill
+        # of the tokens that are no padding: their slots, their positions, and where they are in the flattened pass
+        self._written: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self._num_keys = self._max_position = 0
+        self._masks: dict[int | None, Tensor] = {}
         self._rotation: tuple[Tensor, Tensor] | None = None
 
     def is_static_batching(self) -> bool:
@@ -55,20 +58,53 @@ class KVCache(BaseInferenceContext):
         """The next forward runs tokens [n, S], right-padded, from position 0 into ``num_rows`` slots."""
         assert first_slot + num_rows <= self.num_slots
         self._slots = slice(first_slot, first_slot + num_rows)
-        self._positions = self._rotation = self.attention_mask = None
+        self._positions = self._rotation = None
 
     def decode(self, positions: Tensor, max_position: int) -> None:
         """The next forward runs tokens [n, 1] of the first n slots at ``positions`` [n]; each attends up to itself.
         ``max_position`` is the largest of them, which the host knows without asking the device."""
+        self._slots = slice(positions.size(0))
+        self._written = torch.arange(positions.size(0), device=positions.device), positions, None
+        self._attend(positions[:, None], max_position)
+
+    def append(self, slots: Sequence[int], starts: Sequence[int], lengths: Sequence[int], where: torch.device) -> None:
+        """The next forward runs tokens [n, S], right-padded, of ``slots``: ``lengths`` of them, from positions
+        ``starts`` on; each attends up to itself, to what the slot holds already too."""
+        tokens = [
+            (slot, start + place, row * max(lengths) + place)
+            for row, (slot, start, length) in enumerate(zip(slots, starts, lengths, strict=True))
+            for place in range(length)
+        ]
+        slot, position, flat = torch.tensor(tokens, device=where).unbind(1)
+        self._slots, self._written = torch.tensor(slots, device=where), (slot, position, flat)
+        positions = position.new_zeros(len(slots) * max(lengths))  # padding attends to the first token
+        positions[flat] = position
+        self._attend(positions.view(len(slots), -1), max(map(sum, zip(starts, lengths, strict=True))) - 1)
+
+    def _attend(self, positions: Tensor, max_position: int) -> None:
         assert max_position < self.max_sequence_length
-        self._slots, self._positions, self._rotation = slice(positions.size(0)), positions, None
-        self._rows = torch.arange(positions.size(0), device=positions.device)
+        self._positions, self._rotation = positions, None
         # what fused kernels ask of a mask's stride
         self._num_keys = min(-(-(max_position + 1) // 8) * 8, self.max_sequence_length)
-        hidden = torch.arange(self._num_keys, device=positions.device) > positions[:, None]
-        # added to the scores: made once a step, where a boolean mask would be converted by every layer
-        bias = torch.zeros(hidden.shape, device=positions.device).masked_fill_(hidden, -torch.inf)
-        self.attention_mask = bias[:, None, None, :]
+        self._max_position, self._masks = max_position, {}
+
+    def mask(self, window: int | None) -> Tensor | None:
+        """What a layer adds to the scores [n, 1, S, keys], None in a prefill. ``window``: how many tokens one sees in
+        this layer, itself included; None for all."""
+        if self._positions is None:
+            return None
+        if window is not None and window > self._max_position:
+            window = None
+        if window not in self._masks:
+            positions = self._positions[:, None, :, None]
+            keys = torch.arange(self._num_keys, device=positions.device)
+            hidden = keys > positions
+            if window is not None:
+                hidden |= keys <= positions - window
+            # made once a step, where a boolean mask would be converted by every layer
+            bias = torch.zeros(hidden.shape, device=positions.device).masked_fill_(hidden, -torch.inf)
+            self._masks[window] = bias
+        return self._masks[window]
 
     def move(self, moves: Sequence[tuple[int, int]]) -> None:
         """Give sequences other slots: (from, to); what was in the latter is overwritten."""
@@ -83,7 +119,7 @@ class KVCache(BaseInferenceContext):
         """Cosines and sines of this pass for ``rotate``, from all ``angles`` [max length, 1, 1, channels]; computed by
         the first layer for all."""
         if self._rotation is None:
-            rows = angles[:length] if self._positions is None else angles[self._positions].transpose(0, 1)
+            rows = angles[:length] if self._positions is None else angles[:, 0][self._positions.t()]
             self._rotation = _cos_sin(rows, dtype)
         return self._rotation
 
@@ -96,8 +132,11 @@ class KVCache(BaseInferenceContext):
             keys[self._slots, :, :length] = key.permute(1, 2, 0, 3)
             values[self._slots, :, :length] = value.permute(1, 2, 0, 3)
             return key, value
-        keys[self._rows, :, self._positions] = key[0]
-        values[self._rows, :, self._positions] = value[0]
+        assert self._written is not None
+        slots, positions, flat = self._written
+        for cache, new in ((keys, key), (values, value)):
+            tokens = new.transpose(0, 1).flatten(0, 1)
+            cache[slots, :, positions] = tokens if flat is None else tokens[flat]
         keys, values = keys[self._slots, :, : self._num_keys], values[self._slots, :, : self._num_keys]
         return keys.permute(2, 0, 1, 3), values.permute(2, 0, 1, 3)
 
@@ -109,6 +148,14 @@ class KVCache(BaseInferenceContext):
         return self._layers[number]
 
 
+def window_of(config: TransformerConfig, layer_number: int) -> int | None:
+    """How many tokens one sees in this layer (counted from 1), itself included; None for all before it."""
+    if not is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
+        return None
+    assert config.window_size is not None
+    return config.window_size[0] + 1
+
+
 class CachedSelfAttention(SelfAttention):
     """megatron's self-attention, which keeps rotated keys in a ``KVCache`` instead of rotating all of them anew.
 
@@ -117,8 +164,16 @@ class CachedSelfAttention(SelfAttention):
 
     _is_packed = False
 
+    def __init__(
+        self, config: TransformerConfig, submodules: Any, layer_number: int, *args: Any, **kwargs: Any
+    ) -> None:
+        super().__init__(config, submodules, layer_number, *args, **kwargs)
+        self.window = window_of(config, layer_number)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._is_packed = kwargs.get("packed_seq_params") is not None
+        if isinstance(context := kwargs.get("inference_context"), KVCache):
+            kwargs["attention_mask"] = context.mask(self.window)
         return super().forward(*args, **kwargs)
 
     def _adjust_key_value_for_inference(
@@ -178,9 +233,16 @@ def sdpa(
     return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
 
 
+def _outside_window(length: int, window: int, device: torch.device) -> Tensor:
+    """True [1, 1, S, S] where a key is not among the ``window`` tokens that end with the query."""
+    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
+    return ((distance < 0) | (distance >= window))[None, None]
+
+
 class SDPACoreAttention(MegatronModule):
     """Drop-in for megatron's DotProductAttention. Causal without a mask is the fast path: right-padded batches need
-    none. With a boolean mask (True = masked) the mask alone decides; packed sequences (thd) keep to themselves."""
+    none, nor do those that are shorter than the layer's window. With a boolean mask (True = masked) the mask alone
+    decides; packed sequences (thd) keep to themselves."""
 
     def __init__(
         self,
@@ -195,6 +257,7 @@ class SDPACoreAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.attn_mask_type = attn_mask_type
+        self.window = window_of(config, layer_number)
         self.softmax_scale = softmax_scale if softmax_scale is not None else 1 / math.sqrt(config.kv_channels)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
@@ -215,6 +278,8 @@ class SDPACoreAttention(MegatronModule):
         return self._attend(query, key, value, attention_mask, causal)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, masked: Tensor | None, causal: bool) -> Tensor:
+        if causal and self.window is not None and query.size(0) > self.window:
+            masked, causal = _outside_window(query.size(0), self.window, query.device), False
         dropout = self.dropout if self.training else 0.0
         if dropout and not self.config.sequence_parallel:  # each tensor-parallel rank drops in its own heads
             with get_cuda_rng_tracker().fork():

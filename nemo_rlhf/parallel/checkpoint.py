@@ -9,10 +9,8 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import os
 import queue
 import shutil
-import zlib
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
@@ -26,10 +24,10 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_rlhf.config.architecture import Architecture
-from nemo_rlhf.parallel import state
+from nemo_rlhf.parallel import manifest, state
 from nemo_rlhf.parallel.gpt import GPT
+from nemo_rlhf.parallel.manifest import MANIFEST
 
-MANIFEST = "manifest.json"
 WEIGHTS = "weights"
 PARTIAL = ".partial"
 # What gives the weights their shapes and their meaning.
@@ -43,6 +41,22 @@ _SHAPING = [
     "kv_channels",
     "vocab_size",
     "tie_embeddings",
+    "normalization",
+    "zero_centered_norm",
+    "activation",
+    "gated",
+    "qkv_bias",
+    "linear_bias",
+    "qk_norm",
+    "position_embedding",
+    "sliding_window",
+    "windowed_layers",
+    "embedding_scale",
+    "num_experts",
+    "experts_per_token",
+    "expert_ffn_hidden_size",
+    "normalize_expert_weights",
+    "dense_layers",
 ]
 
 
@@ -150,7 +164,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         if path.exists():
             shutil.rmtree(path)
         partial.rename(path)
-        _fsync(path.parent)
+        manifest.fsync(path.parent)
 
     try:
         on_rank_zero(begin)
@@ -214,44 +228,23 @@ def on_rank_zero(action: Callable[[], None]) -> None:
         raise OSError(failure[0])
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _files(directory: Path) -> list[str]:
-    return sorted(str(f.relative_to(directory)) for f in directory.rglob("*") if f.is_file() and f.name != MANIFEST)
-
-
-def _checksum(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            value = zlib.crc32(block, value)
-    return value
-
-
 def _describe(directory: Path, names: list[str]) -> dict[str, list[int]]:
     """Size and CRC-32 of each file, the work split among ranks. A file that cannot be read is left out."""
     mine = {}
     for name in names[dist.get_rank() :: dist.get_world_size()]:
-        file = directory / name
         with suppress(OSError):
-            mine[name] = [file.stat().st_size, _checksum(file)]
+            mine[name] = manifest.describe(directory / name)
     parts: list[dict[str, list[int]]] = [{}] * dist.get_world_size()
     dist.all_gather_object(parts, mine)
     return {name: entry for part in parts for name, entry in part.items()}
 
 
 def _write_manifest(directory: Path) -> None:
-    names = _files(directory)
+    names = manifest.files(directory)
 
     def sync() -> None:
         for name in names[dist.get_rank() :: dist.get_world_size()]:
-            _fsync(directory / name)
+            manifest.fsync(directory / name)
 
     _together(sync)
     files = _describe(directory, names)
@@ -259,9 +252,7 @@ def _write_manifest(directory: Path) -> None:
     def write() -> None:
         if unread := sorted(set(names) - set(files)):
             raise OSError(f"{unread[0]} cannot be read back")
-        (directory / MANIFEST).write_text(json.dumps({"files": files}, indent=0))
-        _fsync(directory / MANIFEST)
-        _fsync(directory)
+        manifest.write(directory, files)
 
     on_rank_zero(write)
 

@@ -6,6 +6,7 @@ intermediate, and autograd keeps most of them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,29 +15,64 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        gate, up = x.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+def gelu_tanh(x: Tensor) -> Tensor:
+    """The tanh approximation of GELU (Hendrycks and Gimpel 2016), with which GPT-2 and Gemma were trained."""
+    return F.gelu(x, approximate="tanh")
+
+
+def _silu_backward(grad: Tensor, x: Tensor, out: Tensor) -> None:
+    torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=out)
+
+
+def _gelu_tanh_backward(grad: Tensor, x: Tensor, out: Tensor) -> None:
+    torch.ops.aten.gelu_backward.grad_input(grad, x, approximate="tanh", grad_input=out)
+
+
+_Activation = Callable[[Tensor], Tensor]
+_Derivative = Callable[[Tensor, Tensor, Tensor], None]
+
+
+class _GatedUnit(torch.autograd.Function):
+    """``activation`` returns a new tensor; ``derivative(grad, x, out)`` writes the gradient of its argument."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, activation: _Activation, derivative: _Derivative) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.functions = activation, derivative
+        gate, up = x.chunk(2, dim=-1)
+        return activation(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         (x,) = ctx.saved_tensors
+        activation, derivative = ctx.functions
         gate, up = x.chunk(2, dim=-1)
         result = torch.empty_like(x)
         grad_gate, grad_up = result.chunk(2, dim=-1)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
-        torch.mul(F.silu(gate), grad, out=grad_up)
-        return result
+        derivative(grad * up, gate, grad_gate)
+        torch.mul(activation(gate), grad, out=grad_up)
+        return result, None, None
 
 
 class SwiGLU(MegatronModule):
     """``silu(gate) * up`` of [..., 2 * width], gate first (Shazeer 2020); an activation module for megatron's MLP."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _SwiGLU.apply(x)
+        return _GatedUnit.apply(x, F.silu, _silu_backward)
+
+
+class GeGLU(MegatronModule):
+    """``gelu_tanh(gate) * up`` of [..., 2 * width], gate first (Shazeer 2020)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _GatedUnit.apply(x, gelu_tanh, _gelu_tanh_backward)
+
+
+class GELU(MegatronModule):
+    """``gelu_tanh`` as an activation module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gelu_tanh(x)
 
 
 class _Rotate(torch.autograd.Function):

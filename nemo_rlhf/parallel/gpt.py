@@ -28,10 +28,13 @@ from nemo_rlhf import device
 from nemo_rlhf.config.architecture import Architecture
 from nemo_rlhf.parallel import state
 from nemo_rlhf.parallel.attention import KVCache
+from nemo_rlhf.parallel.elementwise import gelu_tanh
+from nemo_rlhf.parallel.experts import check_policy, expert_settings, mark_experts
+from nemo_rlhf.parallel.heads import ILQLHeads, ILQLScores
 from nemo_rlhf.parallel.layers import block_spec, uses_transformer_engine
 from nemo_rlhf.parallel.logprobs import vocab_parallel_logprobs
 
-Role = Literal["policy", "critic"]
+Role = Literal["policy", "critic", "ilql"]
 Recompute = Literal["selective", "full"]
 VOCABULARY_MULTIPLE = 8  # rows a tensor-parallel rank: what matrix units like
 
@@ -42,7 +45,8 @@ def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
 
 
 def _check_sizes(architecture: Architecture, tensor_parallel: int, pipeline_parallel: int) -> None:
-    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+    dense = any(not architecture.is_sparse(layer) for layer in range(architecture.num_layers))
+    for name in ("num_attention_heads", "num_query_groups", *(["ffn_hidden_size"] if dense else [])):
         value = getattr(architecture, name)
         if value % tensor_parallel:
             raise ValueError(
@@ -54,6 +58,29 @@ def _check_sizes(architecture: Architecture, tensor_parallel: int, pipeline_para
             f"model.pipeline_model_parallel_size={pipeline_parallel} does not divide the model's "
             f"num_layers={architecture.num_layers}: choose a divisor of it."
         )
+
+
+def _computation(architecture: Architecture) -> dict[str, Any]:
+    """What its layers compute, in the names of megatron's configuration."""
+    fused = uses_transformer_engine()
+    activation = {"silu": F.silu, "gelu_tanh": gelu_tanh if fused else F.gelu}[architecture.activation]
+    windowed = [int(layer in architecture.windowed_layers) for layer in range(architecture.num_layers)]
+    window = architecture.sliding_window if any(windowed) else None
+    return {
+        "normalization": {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}[architecture.normalization],
+        "layernorm_epsilon": architecture.layernorm_epsilon,
+        "layernorm_zero_centered_gamma": architecture.zero_centered_norm,
+        "qk_layernorm": architecture.qk_norm,
+        "gated_linear_unit": architecture.gated,
+        # without Transformer Engine the layer spec has a module for it, which megatron enables by this name and only
+        # beside functions of its own list
+        "activation_func": activation,
+        "use_te_activation_func": not fused,
+        "add_bias_linear": architecture.linear_bias,
+        "add_qkv_bias": architecture.qkv_bias,
+        "window_size": None if window is None else (window - 1, 0),
+        "window_attn_skip_freq": windowed,
+    }
 
 
 def transformer_config(
@@ -78,11 +105,6 @@ def transformer_config(
         num_attention_heads=architecture.num_attention_heads,
         num_query_groups=architecture.num_query_groups,
         kv_channels=architecture.kv_channels,
-        layernorm_epsilon=architecture.layernorm_epsilon,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=tensor_parallel,
@@ -100,7 +122,8 @@ def transformer_config(
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
-        use_te_activation_func=not uses_transformer_engine(),  # megatron's name for an activation of the layer spec
+        **_computation(architecture),
+        **expert_settings(architecture, grouped=uses_transformer_engine()),
         **recomputation,
     )
 
@@ -147,23 +170,30 @@ class GPT(GPTModel):
     def __init__(self, architecture: Architecture, config: TransformerConfig, role: Role) -> None:
         self.architecture, self.role = architecture, role
         self.padded_vocab_size = padded_vocab_size(architecture.vocab_size, config.tensor_model_parallel_size)
+        rotary = architecture.position_embedding == "rope"
         super().__init__(
             config,
-            block_spec(config),
+            block_spec(config, architecture),
             vocab_size=self.padded_vocab_size,
             max_sequence_length=architecture.max_position_embeddings,
             pre_process=state.is_first_stage(),
             post_process=state.is_last_stage(),
-            position_embedding_type="rope",
-            rotary_base=architecture.rope["rope_theta"],
+            position_embedding_type="rope" if rotary else "learned_absolute",
             # a critic has no output layer, so its embedding is tied to nothing
-            share_embeddings_and_output_weights=architecture.tie_embeddings and role == "policy",
+            share_embeddings_and_output_weights=architecture.tie_embeddings and role != "critic",
         )
-        self.rotary_pos_emb.inv_freq = _rotary_frequencies(architecture).to(device.torch_device())
-        self.rotary_pos_emb.forward.cache_clear()
+        if rotary:
+            self.rotary_pos_emb.inv_freq = _rotary_frequencies(architecture).to(device.torch_device())
+            self.forget_rotary_angles()
+        elif self.pre_process:
+            self.embedding.position_embeddings.to(config.params_dtype)  # megatron makes it fp32
         if role == "critic" and self.post_process:
             self.output_layer = None
             self.value_head = ValueHead(config.hidden_size)
+        self.ilql_heads: ILQLHeads | None = None
+        if role == "ilql" and self.post_process:
+            rows = self.padded_vocab_size // config.tensor_model_parallel_size
+            self.ilql_heads = ILQLHeads(config, rows, num_q=architecture.ilql_num_q, width=architecture.ilql_head_width)
 
     def forward(  # type: ignore[override]
         self,
@@ -173,8 +203,6 @@ class GPT(GPTModel):
         inference_context: KVCache | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        if inference_context is not None:
-            attention_mask = inference_context.attention_mask
         return super().forward(
             input_ids,
             position_ids,
@@ -182,6 +210,21 @@ class GPT(GPTModel):
             inference_context=inference_context,
             packed_seq_params=packed_seq_params,
         )
+
+    def _preprocess(
+        self, input_ids: Tensor, position_ids: Tensor, decoder_input: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        if self.pre_process and self.architecture.embedding_scale != 1.0:
+            decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
+            # rounded first, as transformers does it
+            scale = torch.tensor(self.architecture.embedding_scale, dtype=decoder_input.dtype).item()
+            decoder_input = decoder_input * scale
+        return super()._preprocess(input_ids, position_ids, decoder_input, **kwargs)
+
+    def forget_rotary_angles(self) -> None:
+        """Empty megatron's cache of rotary angles, if this model has any."""
+        if self.architecture.position_embedding == "rope":
+            self.rotary_pos_emb.forward.cache_clear()
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states
@@ -201,7 +244,7 @@ class GPT(GPTModel):
         real = min(max(self.architecture.vocab_size - start, 0), end - start)
         if self.pre_process:
             self.embedding.word_embeddings.weight[real:] = 0
-        if self.post_process and self.role == "policy":
+        if self.post_process and self.role != "critic":
             self.output_weight()[real:] = 0
 
     def output_weight(self) -> Tensor:
@@ -218,6 +261,15 @@ class GPT(GPTModel):
     def output_logits(self, hidden: Tensor) -> Tensor:
         """Logits [N, padded vocabulary / TP] of hidden states [N, H], without gradient to other ranks: for sampling."""
         return F.linear(hidden, self.output_weight())
+
+    def guided_logits(self, hidden: Tensor, beta: float, adv_clip: float | None) -> Tensor:
+        """The same plus ``beta * (min target Q - V)``, fp32: log-probabilities that ILQL's heads guide (Snell et
+        al. 2022, section 4.2), up to a constant of each row."""
+        assert self.ilql_heads is not None
+        advantages = self.ilql_heads.advantages(hidden)
+        if adv_clip is not None:
+            advantages = advantages.clamp(-adv_clip, adv_clip)
+        return self.output_logits(hidden).float() + beta * advantages
 
     def vocab_logprobs(
         self, hidden: Tensor, tokens: Tensor, selected: Tensor, temperature: float = 1.0
@@ -248,11 +300,21 @@ class GPT(GPTModel):
 
     def values(self, hidden: Tensor, tokens: Tensor, selected: Tensor) -> Tensor:
         """Values [N] fp32 of the states before the selected tokens; arguments as of ``vocab_logprobs``."""
-        if self.config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(
-                hidden, tensor_parallel_output_grad=False, group=state.tp_group()
-            )
-        return self.value_head(_before(hidden, tokens, selected))
+        return self.value_head(_before(self._gathered(hidden), tokens, selected))
+
+    def ilql_scores(self, hidden: Tensor, tokens: Tensor, selected: Tensor, detach: bool) -> ILQLScores:
+        """What ILQL's loss needs of the selected tokens; arguments as of ``vocab_logprobs``. ``detach``: what the heads
+        say has no gradient for the trunk."""
+        assert self.ilql_heads is not None
+        logprobs, _ = self.vocab_logprobs(hidden, tokens, selected)
+        states = _before(self._gathered(hidden.detach() if detach else hidden), tokens, selected)
+        return self.ilql_heads.scores(states, tokens.reshape(-1)[selected], logprobs, self.architecture.vocab_size)
+
+    def _gathered(self, hidden: Tensor) -> Tensor:
+        """Hidden states of the whole sequence, for heads that every tensor-parallel rank computes alike."""
+        if not self.config.sequence_parallel:
+            return hidden
+        return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=state.tp_group())
 
 
 def _before(hidden: Tensor, tokens: Tensor, selected: Tensor) -> Tensor:
@@ -275,6 +337,8 @@ def build_gpt(
     Raises:
         ValueError: the model cannot be cut as the process groups ask.
     """
+    if role != "critic":
+        check_policy(architecture)
     config = transformer_config(architecture, dtype=dtype, sequence_parallel=sequence_parallel, recompute=recompute)
     model = GPT(architecture, config, role).to(device.torch_device())
     for module in model.modules():  # megatron marks split weights only where it also initialises them
@@ -282,6 +346,7 @@ def build_gpt(
             set_tensor_model_parallel_attributes(module.weight, True, 0, 1)
         elif isinstance(module, RowParallelLinear):
             set_tensor_model_parallel_attributes(module.weight, True, 1, 1)
+    mark_experts(model)
     for parameter in model.parameters():
         parameter.data.fill_(float("nan"))  # a weight that nobody loads must not pass for one
     return model

@@ -13,13 +13,15 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from nemo_rlhf import device
+from nemo_rlhf.config.architecture import Architecture
 from nemo_rlhf.parallel.attention import CachedSelfAttention, SDPACoreAttention, sdpa
-from nemo_rlhf.parallel.elementwise import SwiGLU
+from nemo_rlhf.parallel.elementwise import GELU, GeGLU, SwiGLU
+from nemo_rlhf.parallel.experts import layer_specs
 
 
 def uses_transformer_engine() -> bool:
@@ -28,29 +30,55 @@ def uses_transformer_engine() -> bool:
 
 class RMSNorm(torch.nn.Module):
     """RMSNorm (Zhang and Sennrich 2019) that works on a sequence-parallel shard: its weight is marked, so that
-    megatron sums its gradient over the tensor-parallel ranks."""
+    megatron sums its gradient over the tensor-parallel ranks. Zero-centred, the weight is the scale less one, and the
+    product is taken in fp32 before rounding, as transformers does it for Gemma."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.eps, self.shape = eps, (hidden_size,)
+        self.zero_centered = config.layernorm_zero_centered_gamma
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.zero_centered:
+            return F.rms_norm(x.float(), self.shape, 1.0 + self.weight.float(), self.eps).to(x.dtype)
+        return F.rms_norm(x, self.shape, self.weight, self.eps)
+
+
+class LayerNorm(torch.nn.Module):
+    """LayerNorm (Ba et al. 2016) that works on a sequence-parallel shard, as ``RMSNorm`` does."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()
         self.eps, self.shape = eps, (hidden_size,)
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.bias = torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.shape, self.weight, self.eps)
+        return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
 
 
-def _local_block(config: TransformerConfig, num_layers: int) -> TransformerBlockSubmodules:
+_NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+_ACTIVATIONS = {("silu", True): SwiGLU, ("gelu_tanh", True): GeGLU, ("gelu_tanh", False): GELU}
+
+
+def _local_block(config: TransformerConfig, architecture: Architecture) -> TransformerBlockSubmodules:
+    norm = _NORMS[architecture.normalization]
     layer = get_gpt_layer_local_spec(normalization=config.normalization)
     parts = layer.submodules
-    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    parts.input_layernorm = parts.pre_mlp_layernorm = norm
     parts.self_attention.module = CachedSelfAttention
     parts.self_attention.submodules.core_attention = SDPACoreAttention
-    parts.mlp.submodules.activation_func = SwiGLU
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+    if architecture.qk_norm:
+        parts.self_attention.submodules.q_layernorm = parts.self_attention.submodules.k_layernorm = norm
+    parts.mlp.submodules.activation_func = _ACTIVATIONS[architecture.activation, architecture.gated]
+    return TransformerBlockSubmodules(layer_specs=layer_specs(config, architecture, layer, norm), layer_norm=norm)
 
 
-def _transformer_engine_block(config: TransformerConfig, num_layers: int) -> TransformerBlockSubmodules:
+def _transformer_engine_block(config: TransformerConfig, architecture: Architecture) -> TransformerBlockSubmodules:
     from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm
 
     class CoreAttention(TEDotProductAttention):
@@ -63,15 +91,14 @@ def _transformer_engine_block(config: TransformerConfig, num_layers: int) -> Tra
                 return sdpa(query, key, value, attention_mask, False, 1 / query.size(-1) ** 0.5)
             return super().forward(query, key, value, attention_mask, *args, **kw)
 
-    layer = copy.deepcopy(get_gpt_layer_with_transformer_engine_spec())
+    layer = copy.deepcopy(get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm))
     layer.submodules.self_attention.module = CachedSelfAttention
     layer.submodules.self_attention.submodules.core_attention = CoreAttention
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TENorm)
+    return TransformerBlockSubmodules(layer_specs=layer_specs(config, architecture, layer, TENorm), layer_norm=TENorm)
 
 
-def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+def block_spec(config: TransformerConfig, architecture: Architecture) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage and the norm that ends the last one."""
-    num_layers = get_num_layers_to_build(config)
     if uses_transformer_engine():
-        return _transformer_engine_block(config, num_layers)
-    return _local_block(config, num_layers)
+        return _transformer_engine_block(config, architecture)
+    return _local_block(config, architecture)

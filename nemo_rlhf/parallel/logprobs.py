@@ -24,11 +24,13 @@ def _chunk_tokens(columns: int) -> int:
     return max(1, elements // max(1, columns))
 
 
-class _VocabParallelLogprobs(torch.autograd.Function):
+class _VocabParallelScores(torch.autograd.Function):
+    """(logit of the target, log-normalizer, entropy), [N] fp32 each."""
+
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, first: int, temperature: float, chunk: int
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """``weight``: the real rows of this rank [columns, H]; ``first``: the id of its first row."""
         tokens, columns = hidden.size(0), weight.size(0)
         local = targets - first
@@ -55,12 +57,12 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, local, mine, log_normalizer, entropy)
         ctx.temperature, ctx.chunk = temperature, chunk
         ctx.set_materialize_grads(False)
-        return sums[2] - log_normalizer, entropy
+        return sums[2], log_normalizer, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden, weight, local, mine, log_normalizer, entropy = ctx.saved_tensors
-        grad_logprobs, grad_entropy = grads
+        grad_taken, grad_normalizer, grad_entropy = grads
         grad_hidden = torch.zeros_like(hidden)
         # fp32: in bf16, sums over many chunks would lose their small parts
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
@@ -72,10 +74,11 @@ class _VocabParallelLogprobs(torch.autograd.Function):
                 grad_logits = (log_probs + entropy[part, None]).mul_(probs).mul_(-grad_entropy[part, None])
             else:
                 grad_logits = torch.zeros_like(probs)
-            if grad_logprobs is not None:  # d log p(target) / d logit = 1[target] - p
-                grad = grad_logprobs[part, None]
-                grad_logits.addcmul_(probs, grad, value=-1.0)
-                grad_logits.scatter_add_(-1, local[part, None], torch.where(mine[part, None], grad, 0.0))
+            if grad_normalizer is not None:  # d log-normalizer / d logit = p
+                grad_logits.addcmul_(probs, grad_normalizer[part, None])
+            if grad_taken is not None:
+                grad = torch.where(mine[part, None], grad_taken[part, None], 0.0)
+                grad_logits.scatter_add_(-1, local[part, None], grad)
             scaled = grad_logits.div_(ctx.temperature).to(hidden.dtype)
             grad_hidden[part] = scaled @ weight
             if grad_weight is not None:
@@ -110,7 +113,38 @@ def vocab_parallel_logprobs(
     Returns:
         (logprobs [N], entropies [N]), both fp32.
     """
+    taken, log_normalizer, entropy = _scores(hidden, weight, targets, vocab_size, temperature, chunk_tokens)
+    return taken - log_normalizer, entropy
+
+
+def vocab_parallel_q(
+    hidden: Tensor, weight: Tensor, actions: Tensor, *, vocab_size: int, chunk_tokens: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Q values of ``actions`` and log-sum-exp over all actions; arguments as of ``vocab_parallel_logprobs``.
+
+    Returns:
+        (q_taken [N], q_logsumexp [N]), both fp32.
+    """
+    taken, logsumexp, _ = _scores(hidden, weight, actions, vocab_size, 1.0, chunk_tokens)
+    return taken, logsumexp
+
+
+def _scores(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, temperature: float, chunk: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
     first = state.tp_rank() * weight.size(0)
     real = weight[: max(0, min(weight.size(0), vocab_size - first))]
-    chunk = chunk_tokens or _chunk_tokens(weight.size(0))
-    return _VocabParallelLogprobs.apply(hidden, real, targets, first, temperature, chunk)
+    return _VocabParallelScores.apply(hidden, real, targets, first, temperature, chunk or _chunk_tokens(weight.size(0)))
+
+
+def vocab_parallel_taken(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Outputs [N] fp32 of ``targets`` alone, the same on every tensor-parallel rank, without gradient. No other row of
+    ``weight`` is read."""
+    with torch.no_grad():
+        local = targets - state.tp_rank() * weight.size(0)
+        mine = (local >= 0) & (local < weight.size(0))
+        taken = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
+        taken[mine] = (hidden[mine].float() * weight[local[mine]].float()).sum(-1)
+        if state.tp_size() > 1:
+            dist.all_reduce(taken, group=state.tp_group())
+        return taken

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from nemo_rlhf import device
 from nemo_rlhf.config.schema import OptimConfig
 from nemo_rlhf.parallel import state
+from nemo_rlhf.parallel.experts import check_trainable
 from nemo_rlhf.parallel.gpt import GPT
 from nemo_rlhf.parallel.offload import Offload
 
@@ -80,7 +82,12 @@ class ModelOptimizer:
     """
 
     def __init__(self, model: GPT, config: OptimConfig, total_steps: int) -> None:
-        """``total_steps``: optimizer steps in all, where cosine and linear schedules end."""
+        """``total_steps``: optimizer steps in all, where cosine and linear schedules end.
+
+        Raises:
+            ValueError: the model is cut in a way that can generate and score, but not learn.
+        """
+        check_trainable(model)
         _mend_torch_adam()
         self.model, self.config = model, config
         self.ddp = DistributedDataParallel(
@@ -147,8 +154,9 @@ class ModelOptimizer:
         if not math.isfinite(norm):
             return norm
         for part in self.optimizer.chained_optimizers:
-            if self.config.clip_grad > 0 and not part.is_stub_optimizer and part.get_parameters():
-                part.clip_grad_norm(self.config.clip_grad)
+            if self.config.clip_grad > 0 and not part.is_stub_optimizer and (parameters := part.get_parameters()):
+                # by the norm of all: experts have an optimizer of their own
+                clip_grad_by_total_norm_fp32(parameters, self.config.clip_grad, norm)
         self.last_lr = float(self.optimizer.param_groups[0]["lr"])
         self.optimizer.step_with_ready_grads()
         self.scheduler.step(1)

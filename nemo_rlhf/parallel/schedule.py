@@ -16,7 +16,9 @@ from torch import Tensor
 
 from nemo_rlhf import device
 from nemo_rlhf.parallel import state
+from nemo_rlhf.parallel.experts import goes_in_step
 from nemo_rlhf.parallel.gpt import GPT
+from nemo_rlhf.parallel.packing import fill_rows, join_row, packed_sequences, positions_of
 
 
 @dataclass(frozen=True)
@@ -24,13 +26,15 @@ class Microbatch:
     """Rows that go through the model together.
 
     ``tokens`` [b, s]; ``selected`` [N] indices into ``tokens`` of the tokens under the mask; ``fields`` [N] each, what
-    the batch says of those tokens; ``places`` [N] (host) their indices in the whole batch [B, S].
+    the batch says of those tokens; ``places`` [N] (host) their indices in the whole batch [B, S]; ``bounds`` says where
+    the texts of a single row begin and end (see ``packing.join_row``), None where a row is a text.
     """
 
     tokens: Tensor
     selected: Tensor
     fields: Mapping[str, Tensor]
     places: Tensor
+    bounds: Tensor | None = None
 
 
 Loss = Callable[[GPT, Tensor, Microbatch], tuple[Tensor, dict[str, Tensor]]]
@@ -72,9 +76,42 @@ def cut(
     return microbatches
 
 
+def pack(
+    tokens: Tensor,
+    mask: Tensor,
+    lengths: Tensor,
+    rows: Sequence[int],
+    *,
+    max_tokens: int,
+    share: tuple[int, int] = (0, 1),
+    multiple_of: int = 1,
+) -> list[Microbatch]:
+    """As ``cut``, of one row each, in which as many texts stand one behind the other as ``max_tokens`` hold.
+
+    ``share``: (index, number) of this replica among those that have such a row each.
+    """
+    replica, num_replicas = share
+    filled = fill_rows([int(lengths[row]) for row in rows], max_tokens, num_replicas)
+    to = device.torch_device()
+    microbatches = []
+    for texts in filled[replica::num_replicas]:
+        joined, places, bounds = join_row(tokens, lengths, [rows[text] for text in texts], multiple_of)
+        selected = mask.reshape(-1)[places].nonzero().squeeze(1)
+        microbatches.append(Microbatch(joined.to(to), selected.to(to), {}, places[selected], bounds.to(to)))
+    return microbatches
+
+
 def _columns(matrix: Tensor, length: int) -> Tensor:
     """The first ``length`` columns, zero-filled where there are fewer."""
     return torch.nn.functional.pad(matrix[:, :length], (0, max(0, length - matrix.size(1))))
+
+
+def _through(model: Any, microbatch: Microbatch) -> Tensor:
+    if microbatch.bounds is not None:
+        packing = packed_sequences(microbatch.bounds)
+        return model(microbatch.tokens, positions_of(microbatch.bounds), packed_seq_params=packing)
+    positions = torch.arange(microbatch.tokens.size(1), device=microbatch.tokens.device)
+    return model(microbatch.tokens, positions[None].expand_as(microbatch.tokens))
 
 
 def _run(model: Any, microbatches: Sequence[Microbatch], loss: Loss, forward_only: bool) -> list[dict[str, Tensor]]:
@@ -82,8 +119,7 @@ def _run(model: Any, microbatches: Sequence[Microbatch], loss: Loss, forward_onl
 
     def forward_step(iterator: Any, wrapped: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
         microbatch = next(iterator)
-        positions = torch.arange(microbatch.tokens.size(1), device=microbatch.tokens.device)
-        hidden = wrapped(microbatch.tokens, positions[None].expand_as(microbatch.tokens))
+        hidden = _through(wrapped, microbatch)
         return hidden, lambda output: loss(gpt, output, microbatch)
 
     return get_forward_backward_func()(
@@ -109,6 +145,8 @@ def forward_backward(model: Any, microbatches: Sequence[Microbatch], loss: Loss)
         The logged sums over microbatches and data-parallel ranks (the maximum for names that end in
         ``max_deviation``), the same on every rank.
     """
+    gpt = model.module
+    assert not goes_in_step(gpt) or state.max_over_shared_experts(len(microbatches)) == len(microbatches)
     # megatron divides the loss by the number of microbatches and its gradient by the data-parallel size: undo both
     scale = len(microbatches) * state.dp_size()
 
@@ -128,8 +166,11 @@ def forward(model: Any, microbatches: Sequence[Microbatch], compute: Compute, li
         like: [B, S], the shape of the whole batch.
 
     Returns:
-        Host tensors [B, S] fp32, zero where nothing was selected.
+        Host tensors [B, S] fp32, zero where nothing was selected; none where there was no microbatch.
     """
+    microbatches = _in_step(model, microbatches)
+    if not microbatches:
+        return {}
 
     def no_loss(gpt: GPT, hidden: Tensor, microbatch: Microbatch) -> tuple[Tensor, Any]:
         return hidden.new_zeros(()), (microbatch.places, compute(gpt, hidden, microbatch))
@@ -148,6 +189,33 @@ def forward(model: Any, microbatches: Sequence[Microbatch], compute: Compute, li
             whole[places] = result[name].cpu()
         results[name] = state.from_last_stage(whole).view(like.shape)
     return results
+
+
+@torch.no_grad()
+def forward_sums(model: GPT, microbatches: Sequence[Microbatch], loss: Loss) -> dict[str, float]:
+    """What ``loss`` logs of this replica's microbatches, summed, on every pipeline stage; nothing is learned."""
+    microbatches = _in_step(model, microbatches)
+    if not microbatches:
+        return {}
+    was_training = model.training
+    model.eval()
+    try:
+        outputs = _run(model, microbatches, loss, forward_only=True)
+    finally:
+        model.train(was_training)
+    names = sorted(outputs[0]) if outputs else []
+    return _share_from_last_stage({name: sum(float(output[name]) for output in outputs) for name in names})
+
+
+def _in_step(gpt: GPT, microbatches: Sequence[Microbatch]) -> list[Microbatch]:
+    """``microbatches``, and empty ones where other replicas that need this one's experts have more."""
+    if not goes_in_step(gpt):
+        return list(microbatches)
+    missing = state.max_over_shared_experts(len(microbatches)) - len(microbatches)
+    length = state.tp_size() if gpt.config.sequence_parallel else 1
+    nothing = torch.empty(0, dtype=torch.long, device="cpu")
+    tokens = torch.zeros(1, length, dtype=torch.long, device=device.torch_device())
+    return [*microbatches, *[Microbatch(tokens, nothing.to(tokens.device), {}, nothing)] * missing]
 
 
 def reduce_sums(outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:

@@ -19,17 +19,23 @@ from nemo_rlhf import device
 
 _stage_control: Any = None
 _model_control: Any = None
-_sizes: tuple[int, int] | None = None
+_expert_control: Any = None
+_sizes: tuple[int, int, int] | None = None
 
 
-def initialize(tensor_parallel: int, pipeline_parallel: int, seed: int, timeout_s: int = 1800) -> None:
+def initialize(
+    tensor_parallel: int, pipeline_parallel: int, seed: int, timeout_s: int = 1800, *, expert_parallel: int = 1
+) -> None:
     """Set up every group for a TP x PP x DP cut of the world; DP is what is left.
+
+    Experts are shared by ``expert_parallel`` neighbours among the TP x DP ranks of a stage: tensor-parallel ranks
+    first, then those of other replicas (``shares_experts``), which then have to go through the model together.
 
     torch.distributed is initialised from the environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) when it is not
     yet. A second call with other sizes cuts the same world anew.
 
     Raises:
-        ValueError: the world size is not a multiple of TP x PP.
+        ValueError: the world size is not a multiple of TP x PP, or its stages' ranks cannot be grouped for experts.
     """
     global _sizes
     device.install()
@@ -42,14 +48,31 @@ def initialize(tensor_parallel: int, pipeline_parallel: int, seed: int, timeout_
             f"{world} processes cannot hold tensor_model_parallel_size={tensor_parallel} x "
             f"pipeline_model_parallel_size={pipeline_parallel}: start a multiple of {model_ranks}."
         )
-    if _sizes != (tensor_parallel, pipeline_parallel) or not ps.model_parallel_is_initialized():
+    _check_expert_parallel(expert_parallel, tensor_parallel, world // pipeline_parallel)
+    sizes = (tensor_parallel, pipeline_parallel, expert_parallel)
+    if _sizes != sizes or not ps.model_parallel_is_initialized():
         ps.destroy_model_parallel()
         ps.initialize_model_parallel(
-            tensor_parallel, pipeline_parallel, distributed_timeout_minutes=max(1, timeout_s // 60)
+            tensor_parallel,
+            pipeline_parallel,
+            expert_model_parallel_size=expert_parallel,
+            expert_tensor_parallel_size=1,
+            distributed_timeout_minutes=max(1, timeout_s // 60),
         )
         _make_control_groups(tensor_parallel, pipeline_parallel, timeout)
-        _sizes = (tensor_parallel, pipeline_parallel)
+        if expert_parallel > tensor_parallel:
+            _make_expert_control_group(expert_parallel, pipeline_parallel, timeout)
+        _sizes = sizes
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def _check_expert_parallel(expert_parallel: int, tensor_parallel: int, stage_ranks: int) -> None:
+    # a group for experts is a part of a replica's stage or those of several replicas
+    if stage_ranks % expert_parallel or (expert_parallel % tensor_parallel and tensor_parallel % expert_parallel):
+        raise ValueError(
+            f"expert_model_parallel_size={expert_parallel} must divide the {stage_ranks} processes of a pipeline "
+            f"stage, and divide tensor_model_parallel_size={tensor_parallel} or be a multiple of it."
+        )
 
 
 def _make_control_groups(tensor_parallel: int, pipeline_parallel: int, timeout: timedelta) -> None:
@@ -71,6 +94,18 @@ def _make_control_groups(tensor_parallel: int, pipeline_parallel: int, timeout: 
         group = dist.new_group(ranks, timeout=timeout, backend="gloo")
         if dist.get_rank() in ranks:
             _model_control = group
+
+
+def _make_expert_control_group(expert_parallel: int, pipeline_parallel: int, timeout: timedelta) -> None:
+    global _expert_control
+    data_parallel = dist.get_world_size() // (expert_parallel * pipeline_parallel)
+    generator = ps.RankGenerator(
+        tp=1, ep=expert_parallel, dp=data_parallel, pp=pipeline_parallel, cp=1, order="tp-cp-ep-dp-pp"
+    )
+    for ranks in generator.get_ranks("ep"):
+        group = dist.new_group(ranks, timeout=timeout, backend="gloo")
+        if dist.get_rank() in ranks:
+            _expert_control = group
 
 
 def set_environment_for_one_process() -> None:
@@ -115,6 +150,28 @@ def dp_size() -> int:
 
 def dp_group() -> Any:
     return ps.get_data_parallel_group()
+
+
+def ep_rank() -> int:
+    return ps.get_expert_model_parallel_rank()
+
+
+def ep_size() -> int:
+    return ps.get_expert_model_parallel_world_size()
+
+
+def shares_experts() -> bool:
+    """Whether this replica holds some of the experts only, and others of its data-parallel group the rest."""
+    return ep_size() > tp_size()
+
+
+def max_over_shared_experts(value: int) -> int:
+    """The largest ``value`` of the replicas that hold each other's experts; each stage asks for itself."""
+    if not shares_experts():
+        return value
+    box = torch.tensor(value, dtype=torch.long, device="cpu")
+    dist.all_reduce(box, op=dist.ReduceOp.MAX, group=_expert_control)
+    return int(box)
 
 
 def is_first_stage() -> bool:
