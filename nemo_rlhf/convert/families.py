@@ -68,10 +68,19 @@ def architecture_of(hf_config: dict[str, Any]) -> Architecture:
     return architecture
 
 
-def weight_map(architecture: Architecture) -> WeightMap:
-    """The table of the architecture's family, with its names and shapes."""
+def _family(architecture: Architecture) -> Family:
     for family in FAMILIES:
         if family.name == architecture.family:
-            return WeightMap(family.table, architecture)
+            return family
     names = ", ".join(family.name for family in FAMILIES)
     raise ValueError(f"The model is of family {architecture.family!r}, which is not supported; supported: {names}.")
+
+
+def weight_map(architecture: Architecture) -> WeightMap:
+    """The table of the architecture's family, with its names and shapes."""
+    return WeightMap(_family(architecture).table, architecture)
+
+
+def classifier_name(architecture: Architecture) -> str:
+    """transformers' class for this architecture with a score in place of logits."""
+    return _family(architecture).classifier

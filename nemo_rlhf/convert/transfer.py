@@ -21,7 +21,7 @@ import torch
 from nemo_rlhf.config.architecture import Architecture
 from nemo_rlhf.convert.checkpoint import WEIGHTS, CheckpointSource
 from nemo_rlhf.convert.directory import new_directory, refuse_existing
-from nemo_rlhf.convert.families import weight_map
+from nemo_rlhf.convert.families import classifier_name, weight_map
 from nemo_rlhf.convert.locate import CONFIG, TOKENIZER, read_architecture, resolve_restore_from, tokenizer_directory
 from nemo_rlhf.convert.source import WeightSource, open_hf
 from nemo_rlhf.convert.to_hf import write_safetensors
@@ -86,7 +86,8 @@ def export_hf(
     force: bool = False,
     workers: int = 1,
 ) -> Path:
-    """Write the language model of a Megatron checkpoint as a Hugging Face directory, in the dtype it is stored in.
+    """Write the model of a Megatron checkpoint as a Hugging Face directory, in the dtype it is stored in. A critic or
+    reward model becomes a sequence classification model with one label.
 
     Args:
         max_shard_size: bytes, or a number with KB, MB, GB, KiB, MiB or GiB.
@@ -94,23 +95,18 @@ def export_hf(
         workers: processes that share the work.
 
     Raises:
-        ValueError: no such checkpoint, damaged, not a language model, ``hf_dir`` exists or there is no room for it.
+        ValueError: no such checkpoint, damaged, ``hf_dir`` exists or there is no room for it.
         OSError: the directory cannot be written; nothing of it is left.
     """
     form, ckpt_dir = resolve_restore_from(ckpt_dir)
     if form != "megatron":
         raise ValueError(f"{ckpt_dir} is a Hugging Face directory already.")
     architecture = Architecture.load(ckpt_dir)
-    if architecture.heads:
-        raise ValueError(
-            f"{ckpt_dir} holds a model with a {' and '.join(architecture.heads)} head; only language models can be "
-            "exported: name the policy instead."
-        )
     limit = parse_size(max_shard_size)
     check_workers(workers)
     refuse_existing(Path(hf_dir), force)
     source = CheckpointSource(ckpt_dir, architecture)
-    config = hf_config(architecture, stored_dtype(source))
+    config = hf_config(architecture, stored_dtype(source), tokenizer_directory(ckpt_dir))
     with new_directory(Path(hf_dir), force, _bytes(source)) as directory:
         written = write_safetensors(source, directory, limit, workers)
         _compare_counts(weight_map(architecture).num_parameters(), written, ckpt_dir)
@@ -150,12 +146,27 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def hf_config(architecture: Architecture, dtype: torch.dtype) -> dict[str, Any]:
-    """The ``config.json`` that the model came from, naming the dtype that its weights have now."""
+def hf_config(architecture: Architecture, dtype: torch.dtype, tokenizer_dir: Path) -> dict[str, Any]:
+    """The ``config.json`` that the model came from, naming the dtype that its weights have now, and the class that its
+    head makes of it."""
     if not architecture.hf_config:
         raise ValueError("The checkpoint's model_config.yaml has no hf_config to write a config.json from.")
     key = "torch_dtype" if "torch_dtype" in architecture.hf_config else "dtype"
-    return {**architecture.hf_config, key: dtype_name(dtype)}
+    config = {**architecture.hf_config, key: dtype_name(dtype)}
+    class_name = classifier_name(architecture)
+    if "value" in architecture.heads and config["architectures"] != [class_name]:
+        config |= {"architectures": [class_name], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        if config.get("pad_token_id") is None:  # by which the last token of a row is found
+            config["pad_token_id"] = _pad_token_id(tokenizer_dir)
+    return config
+
+
+def _pad_token_id(tokenizer_dir: Path) -> int:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return int(found)
 
 
 def parse_size(size: str | int) -> int:
