@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nemo_rlhf.config.schema import ILQLConfig, PPOConfig, SFTConfig
+    from nemo_rlhf.algorithms.play import Environment
+    from nemo_rlhf.config.schema import GenerateConfig, ILQLConfig, PPOConfig, RFTConfig, SFTConfig
+    from nemo_rlhf.types import Episode
 
 __version__ = "0.1.0"
-__all__ = ["TrainResult", "__version__", "config", "train"]
+__all__ = ["TrainResult", "__version__", "config", "play", "train"]
 
 _EXIT_STOPPED = 75
 
@@ -42,11 +44,11 @@ def train(
     samples: Sequence[Any] | str | None = None,
     eval_samples: Sequence[Any] | str | None = None,
     rewards: Sequence[Any] | None = None,
-    config: PPOConfig | SFTConfig | ILQLConfig | None = None,
+    config: PPOConfig | SFTConfig | ILQLConfig | RFTConfig | None = None,
     stop_sequences: Sequence[str] = (),
 ) -> TrainResult:
-    """Train a model: PPO with ``reward_fn`` and ``prompts``, ILQL with ``samples`` and ``rewards``, supervised
-    fine-tuning with ``samples`` alone.
+    """Train a model: PPO with ``reward_fn`` and ``prompts``, or RFT with an RFTConfig beside them, ILQL with
+    ``samples`` and ``rewards``, supervised fine-tuning with ``samples`` alone.
 
     The same program runs under ``python``, ``torchrun`` and ``srun``; under ``python`` with several devices it starts
     itself once for each, so what stands before this call runs in every process.
@@ -63,8 +65,8 @@ def train(
         rewards: of ``samples``, for offline reinforcement learning: for each one number, a list with one for each of
             the agent's turns, or a list with one for each of its tokens. A file of samples may have them itself: then
             ``config`` (an ILQLConfig) says what is meant.
-        config: from ``nemo_rlhf.config("ppo", "ilql" or "sft", overrides=[...])``; by default that with a run
-            directory under ``runs/``.
+        config: from ``nemo_rlhf.config("ppo", "rft", "ilql" or "sft", overrides=[...])``; by default that with a run
+            directory under ``runs/``, PPO where there are prompts.
         stop_sequences: strings that end a response, beside ``generation.stop``.
 
     Raises:
@@ -77,10 +79,10 @@ def train(
         stops = stop_sequences or None
         _refuse("samples", prompts=prompts, eval_prompts=eval_prompts, metric_fn=metric_fn, stop_sequences=stops)
     else:
-        given = "reward_fn" if command == "ppo" else "rewards"
+        given = "rewards" if command == "ilql" else "reward_fn"
         _refuse(given, eval_samples=eval_samples, **({"prompts": prompts} if command == "ilql" else {}))
         checked.generation.stop = [*checked.generation.stop, *stop_sequences]
-    if command == "ppo" and prompts is None and checked.data.prompts is None:
+    if command in ("ppo", "rft") and prompts is None and checked.data.prompts is None:
         raise ValueError("train(reward_fn=...) needs prompts, as an argument or as data.prompts.")
     checked.model.restore_from = str(model_path)
 
@@ -89,11 +91,11 @@ def train(
 
     launch_if_needed(checked.trainer.devices, checked.trainer.num_nodes)
     with heeded():
-        from nemo_rlhf.cli.run import result_of, run_ilql, run_ppo, run_sft
+        from nemo_rlhf.cli.run import result_of, run_ilql, run_ppo, run_rft, run_sft
 
         score: dict[str, Any] = {"validation_prompts": eval_prompts, "reward_fn": reward_fn, "metric_fn": metric_fn}
-        if command == "ppo":
-            code = run_ppo(checked, prompts=prompts, **score)
+        if command in ("ppo", "rft"):
+            code = (run_ppo if command == "ppo" else run_rft)(checked, prompts=prompts, **score)
         elif command == "ilql":
             code = run_ilql(checked, train=samples, rewards=rewards, **score)
         else:
@@ -104,8 +106,64 @@ def train(
     return TrainResult(metrics, checkpoint, Path(checked.exp_manager.explicit_log_dir))
 
 
+def play(
+    model_path: str | Path,
+    env: Callable[[int], Environment],
+    *,
+    num_episodes: int,
+    config: GenerateConfig | None = None,
+    max_turns: int | None = None,
+    max_sequence_length: int = 2048,
+    logit_mask: Any = None,
+) -> list[Episode]:
+    """Let a model act in an environment over several turns; many episodes go on at once in the model's slots.
+
+    A turn ends as a generated response does: with EOS, a string of ``generation.stop`` or after
+    ``generation.max_new_tokens``. What the environment says next is appended to the tokens that were sampled, whose
+    key-value cache is kept. The same program runs under ``python``, ``torchrun`` and ``srun``; environments are made
+    and called on one rank of each replica, and every rank returns the same episodes. They can be learned from again:
+    ``train(samples=[list(e.turns) for e in episodes], rewards=[list(e.rewards) for e in episodes])``.
+
+    Args:
+        model_path: Hugging Face directory or Megatron checkpoint.
+        env: called with an episode's number, counted from 0; returns its environment, which has ``reset() -> text``
+            and ``step(text) -> (text, reward, done)``.
+        num_episodes: over all replicas.
+        config: from ``nemo_rlhf.config("generate", overrides=[...])``: sampling, guidance by an ILQL model's values
+            (``generation.beta``), number of slots, parallelism.
+        max_turns: an episode ends after this many turns of the agent; None: when the environment says so.
+        max_sequence_length: tokens of an episode, or what the model was made for where that is less; it ends where
+            another turn would not fit. Every slot's cache is as long.
+        logit_mask: [vocabulary, vocabulary] bool, whether a token (second index) may follow the one before it.
+
+    Raises:
+        ValueError: wrong input, or an environment failed, in one sentence, on every rank.
+    """
+    configuration: Any = importlib.import_module("nemo_rlhf.config")
+    if config is None:
+        config = configuration("generate")
+    if not isinstance(config, configuration.GenerateConfig):
+        raise ValueError('play() needs a configuration from nemo_rlhf.config("generate", ...).')
+    checked = copy.deepcopy(config)
+    checked.model.restore_from = str(model_path)
+
+    from nemo_rlhf.cli.launch import launch_if_needed
+
+    launch_if_needed(checked.trainer.devices, checked.trainer.num_nodes)
+    from nemo_rlhf.cli.run import run_play
+
+    return run_play(
+        checked,
+        env,
+        num_episodes,
+        max_turns=max_turns,
+        max_sequence_length=max_sequence_length,
+        logit_mask=logit_mask,
+    )
+
+
 def _command(reward_fn: Any, samples: Any, rewards: Any, config: Any) -> str:
-    """What the arguments of ``train`` ask for: "ppo", "ilql" or "sft"."""
+    """What the arguments of ``train`` ask for: "ppo", "rft", "ilql" or "sft"."""
     if rewards is not None and samples is None:
         raise ValueError("train(rewards=...) needs samples, whose rewards they are.")
     if rewards is not None or (samples is not None and type(config).__name__ == "ILQLConfig"):
@@ -115,16 +173,17 @@ def _command(reward_fn: Any, samples: Any, rewards: Any, config: Any) -> str:
             "train() needs either reward_fn and prompts, for PPO, or samples: with rewards for ILQL, alone for "
             "supervised fine-tuning."
         )
-    return "ppo" if samples is None else "sft"
+    if samples is not None:
+        return "sft"
+    return "rft" if type(config).__name__ == "RFTConfig" else "ppo"
 
 
-def _checked(command: str, config: PPOConfig | SFTConfig | ILQLConfig | None) -> Any:
+def _checked(command: str, config: PPOConfig | SFTConfig | ILQLConfig | RFTConfig | None) -> Any:
     """A copy of ``config``, which the caller may use again, or the default for ``command``."""
     configuration: Any = importlib.import_module("nemo_rlhf.config")  # a module that can be called
     if config is None:
         return configuration(command, overrides=[f"exp_manager.explicit_log_dir=runs/{command}"])
-    kinds = {"ppo": configuration.PPOConfig, "sft": configuration.SFTConfig, "ilql": configuration.ILQLConfig}
-    if not isinstance(config, kinds[command]):
+    if type(config).__name__ != f"{command.upper()}Config":
         raise ValueError(f'this call of train() needs a configuration from nemo_rlhf.config("{command}", ...).')
     return copy.deepcopy(config)
 

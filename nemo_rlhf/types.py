@@ -100,3 +100,30 @@ class Dialogue:
     token_ids: tuple[int, ...]
     action_mask: tuple[bool, ...]
     rewards: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One dialogue with an environment. ``turns``: observation, action, observation, action, ..., as text; actions with
+    the special tokens and stop strings that ended them, so that training on them teaches how a turn ends.
+    ``token_ids`` and ``action_mask`` (token t is the agent's) are all of it as it was sampled; ``rewards``: one for
+    each action; ``done``: the environment ended it, rather than a limit on turns or length."""
+
+    turns: tuple[str, ...]
+    token_ids: tuple[int, ...]
+    action_mask: tuple[bool, ...]
+    rewards: tuple[float, ...]
+    done: bool
+
+    @property
+    def total_reward(self) -> float:
+        return sum(self.rewards)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two tokenised texts of which people preferred the first, ``margin`` by how much at least."""
+
+    chosen: tuple[int, ...]
+    rejected: tuple[int, ...]
+    margin: float = 0.0

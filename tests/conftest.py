@@ -56,6 +56,35 @@ class Tiny:
             *overrides,
         ]
 
+    def rft(self, run_dir: Path, *overrides: str) -> list[str]:
+        """The same for RFT."""
+        return [
+            "rft",
+            f"model.restore_from={self.hf}",
+            "model.init=random",
+            f"data.prompts={self.prompts}",
+            f"data.validation_prompts={self.prompts}",
+            f"reward.function={REWARDS}:count_a",
+            f"exp_manager.explicit_log_dir={run_dir}",
+            "exp_manager.create_tensorboard_logger=false",
+            "exp_manager.checkpoint_callback_params.every_n_train_steps=100",
+            "exp_manager.checkpoint_callback_params.save_top_k=0",
+            "trainer.max_steps=3",
+            "trainer.val_check_interval=3",
+            "rft.num_prompts=4",
+            "rft.samples_per_prompt=6",
+            "rft.improve_steps=3",
+            "rft.start_percentile=0.4",
+            "rft.end_percentile=0.9",
+            "model.global_batch_size=8",
+            "model.micro_batch_size=2",
+            "model.optim.lr=3e-3",
+            "model.optim.sched.name=cosine",
+            "generation.max_new_tokens=8",
+            "generation.num_slots=8",
+            *overrides,
+        ]
+
     def sft(self, run_dir: Path, *overrides: str) -> list[str]:
         """The same for SFT."""
         return [

@@ -31,7 +31,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         return record
 
     run = types.ModuleType("nemo_rlhf.cli.run")
-    for name in ("run_sft", "run_ppo", "run_generate"):
+    for name in ("run_sft", "run_ppo", "run_ilql", "run_rft", "run_reward", "run_generate"):
         setattr(run, name, recorder(name, 75 if name == "run_ppo" else 0))
     convert = types.ModuleType("nemo_rlhf.convert")
     for name in ("import_hf", "export_hf"):
@@ -69,7 +69,7 @@ def test_help_shows_an_example_and_exit_codes(command: str, capsys: pytest.Captu
     assert all(f"\n  {code} " in out for code in (0, 1, 2, 75))
 
 
-@pytest.mark.parametrize("command", ["sft", "ppo", "generate"])
+@pytest.mark.parametrize("command", ["sft", "ppo", "ilql", "rft", "reward", "generate"])
 def test_examples_in_help_are_valid(command: str, capsys: pytest.CaptureFixture[str], calls: list[Any]) -> None:
     with pytest.raises(SystemExit):
         main([command, "--help"])

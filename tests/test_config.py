@@ -22,8 +22,8 @@ from nemo_rlhf.config import (
     quoted,
     sampling_sweep,
 )
+from nemo_rlhf.config.commands import COMMANDS, REQUIRED
 from nemo_rlhf.config.load import nearest_key, schema_keys
-from nemo_rlhf.config.schema import COMMANDS, REQUIRED
 from nemo_rlhf.config.validate import CHOICES, RANGES
 
 
@@ -287,7 +287,7 @@ def test_dump_is_read_back(tmp_path: Path) -> None:
 
 def test_module_can_be_called_and_knows_its_commands() -> None:
     assert nemo_rlhf.config("sft", overrides=required("sft")) == load("sft", required("sft"))  # type: ignore[operator]
-    with pytest.raises(ValueError, match="choose one of ppo, sft, ilql, generate"):
+    with pytest.raises(ValueError, match="choose one of ppo, sft, ilql, rft, reward, generate"):
         load("dpo")
 
 
@@ -325,5 +325,16 @@ def test_ilql_rules() -> None:
     assert "between 0 and 1" in refused("ilql.tau=1.5", command="ilql")
     assert "choose one of td, mc" in refused("ilql.target=mcts", command="ilql")
     assert "data.validation_prompts is null" in refused("reward.function=a.b:c", command="ilql")
-    assert "which PPO's policy has not" in refused("generation.beta=1")
-    assert "which PPO's policy has not" in refused("generation.validation.beta=[0,1]")
+    assert "which this policy has not" in refused("generation.beta=1")
+    assert "which this policy has not" in refused("generation.validation.beta=[0,1]")
+
+
+def test_rft_and_sft_rules() -> None:
+    assert "rft.start_percentile=0.99 is above" in refused("rft.start_percentile=0.99", command="rft")
+    assert "makes rollouts greedy" in refused("generation.temperature=0", command="rft")
+    assert "which this policy has not" in refused("generation.beta=1", command="rft")
+    assert "does not name a Python function" in refused("reward.function=here", command="rft")
+    assert "at most 100" in refused("data.top_percent=101", command="sft")
+    assert "at most 100" in refused("data.top_percent=0", command="sft")
+    assert "1 or more" in refused("trainer.max_epochs=0", command="sft")
+    assert "0 or more" in refused("exp_manager.checkpoint_callback_params.save_top_k=-1", command="sft")

@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import get_type_hints
 
-from nemo_rlhf.config.schema import COMMANDS
+from nemo_rlhf.config.commands import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 

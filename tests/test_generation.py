@@ -315,7 +315,7 @@ def test_slots_have_no_gaps_and_sequences_keep_their_caches(num_slots: int, num_
             assert work.first_slot + len(work.rows) <= scheduler.group_sizes[group]
             for slot, row in enumerate(work.rows, work.first_slot):
                 if work.prefill:
-                    cache[slot] = [row.request.sample_index] * len(row.prompt_ids)
+                    cache[slot] = [row.request.sample_index] * len(row.context)
                 else:
                     cache[slot].append(row.response[-1])
                 assert cache[slot] == [row.request.sample_index] * row.length
@@ -342,7 +342,7 @@ def test_a_full_refill_is_cut_to_bounded_prefills(monkeypatch: pytest.MonkeyPatc
     scheduler = Scheduler(requests, _Scripted(dict.fromkeys(range(6), 2)), num_slots=6)
     prefilled = []
     while (work := scheduler.next_work(0)) is not None and work.prefill:
-        prefilled.append([len(row.prompt_ids) for row in work.rows])
+        prefilled.append([len(row.context) for row in work.rows])
         scheduler.record(0, work, [row.request.sample_index for row in work.rows])
     assert prefilled == [[30], [9, 9], [4, 4, 4]]
 

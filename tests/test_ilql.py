@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nemo_rlhf.convert import export_hf, inspect
 from nemo_rlhf.convert.source import normal
 from nemo_rlhf.parallel import state
 from tests.spawn import run_distributed
@@ -16,6 +19,7 @@ from tests.test_models import assert_same_steps, llamas, reference_rate  # noqa:
 from tests.workers import ilql_worker as worker
 from tests.workers.parallel_worker import OPTIM, SEED, VOCAB, Cut, make_batch
 
+ROOT = Path(__file__).resolve().parent.parent
 ONE = Cut()
 CUTS = {
     2: {"TP2": Cut(tp=2), "TP2+SP": Cut(tp=2, sequence_parallel=True), "PP2": Cut(pp=2), "DP2": ONE},
@@ -238,3 +242,44 @@ def test_frozen_layers_do_not_move(two: list[dict[str, Any]], label: str, tied: 
 
 def test_detached_heads_teach_the_trunk_nothing(one: dict[str, Any]) -> None:
     assert one["detach"]["detached"] < one["detach"]["attached"]
+
+
+# ---- export
+
+
+def test_the_page_decodes_an_exported_model_as_the_engine_does(
+    two: list[dict[str, Any]], shelf: Path, tmp_path: Path
+) -> None:
+    page = (ROOT / "docs" / "ilql.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert len(code.splitlines()) <= 40
+    decode: dict[str, Any] = {}
+    exec(code, decode)
+    directory = shelf / "TP2-untied"  # of two ranks, whose padding is larger
+    model, heads = decode["load"](export_hf(directory, tmp_path / "hf"))
+    described = re.findall(r"`((?:v|target_q)\.[\w.]+)`", page)
+    assert set(heads) == {name.replace("N", n) for name in described for n in "01"}
+    assert heads["target_q.1.weight"].shape == (VOCAB, worker.WIDTH)
+    state.initialize(1, 1, SEED)
+    ours = worker.open_model(ONE, directory)
+    prompts = [(5, 9, 3), (7,), (100, 2, 2, 50, 8)]
+    for beta, options in ((worker.BETA, {}), (worker.BETA, {"adv_clip": 0.05}), (0.0, {})):
+        expected = worker.samples(ours, temperature=0.0, beta=beta, **options)
+        assert [tuple(decode["generate"](model, heads, p, 8, beta, **options)) for p in prompts] == expected
+
+
+def test_a_checkpoint_says_its_heads_and_misses_none(two: list[dict[str, Any]], shelf: Path, tmp_path: Path) -> None:
+    described = inspect(shelf / "TP2-untied")
+    assert described["heads"] == ["language model", "ilql"]
+    assert (described["ilql_num_q"], described["ilql_head_width"]) == (2, worker.WIDTH)
+    exported = inspect(export_hf(shelf / "TP2-untied", tmp_path / "hf"))
+    for name in ("fingerprint", "parameters"):
+        assert exported[name] == described[name]
+    shutil.copytree(shelf / "TP2-untied", tmp_path / "copy")
+    config = tmp_path / "copy" / "model_config.yaml"
+    config.write_text(config.read_text().replace("ilql_num_q: 2", "ilql_num_q: 3"))
+    with pytest.raises(ValueError, match=r"lacks ilql_heads\.q\.2\.fc\.weight"):
+        inspect(tmp_path / "copy")
+    config.write_text(config.read_text().replace("ilql_num_q: 3", "ilql_num_q: 1"))
+    with pytest.raises(ValueError, match=r"has ilql_heads\.q\.1\..*has no place for"):
+        inspect(tmp_path / "copy")

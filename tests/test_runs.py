@@ -86,7 +86,7 @@ def one_rank(tiny: Tiny, place: Path, two_ranks: list[dict[str, Any]]) -> list[d
         {"arguments": tiny.sft(place / "sft")},
         {"arguments": tiny.sft(place / "sft_resumed"), "stop_in_step": 2},
         {"arguments": tiny.sft(place / "sft_resumed")},
-        ppo("kept", CONSTANT, EVERY_STEP, f"{CHECKPOINTS}.save_best=true", "trainer.max_steps=5"),
+        ppo("kept", CONSTANT, EVERY_STEP, f"{CHECKPOINTS}.save_top_k=1", "trainer.max_steps=5"),
         ppo(
             "damaged",
             CONSTANT,

@@ -153,7 +153,7 @@ class Algorithm(LightningModule):
         sizes = {
             name: value
             for name, value in vars(architecture).items()
-            if name not in ("hf_config", "initializer_range", "dtype", "heads")
+            if name not in ("hf_config", "initializer_range", "dtype", "heads", "score_mean", "score_std")
         }
         return {
             "algorithm": type(self).__name__,

@@ -12,7 +12,8 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from importlib import import_module
+from typing import Any, NoReturn
 
 from nemo_rlhf.cli.launch import launch_if_needed
 from nemo_rlhf.cli.stop import heeded
@@ -57,6 +58,32 @@ example:
 Every key with its default is in {conf}/ilql.yaml. The same command again continues an interrupted run.
 
 """
+
+_RFT_HELP = """\
+example:
+  nemo-rlhf rft model.restore_from=/models/llama-sft data.prompts=prompts.jsonl \\
+      reward.function=my_package.rewards:score exp_manager.explicit_log_dir=runs/rft trainer.devices=8
+
+Every key with its default is in {conf}/rft.yaml. The same command again continues an interrupted run.
+
+"""
+
+_REWARD_HELP = """\
+example:
+  nemo-rlhf reward model.restore_from=/models/llama-sft data.train=pairs.jsonl data.validation=held_out.jsonl \\
+      exp_manager.explicit_log_dir=runs/reward trainer.devices=8 trainer.max_epochs=1 trainer.val_check_interval=50
+
+Every key with its default is in {conf}/reward.yaml. The same command again continues an interrupted run.
+
+"""
+
+_TRAINING = {
+    "sft": ("supervised fine-tuning", _SFT_HELP),
+    "ppo": ("PPO with a reward function", _PPO_HELP),
+    "ilql": ("offline reinforcement learning from scored dialogues", _ILQL_HELP),
+    "rft": ("fine-tuning on the best of the policy's own samples", _RFT_HELP),
+    "reward": ("a reward model from compared responses", _REWARD_HELP),
+}
 
 _GENERATE_HELP = """\
 example:
@@ -145,23 +172,23 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         sub.set_defaults(run=run)
         return sub
 
-    sft = command("sft", "supervised fine-tuning", _SFT_HELP, _sft)
-    ppo = command("ppo", "PPO with a reward function", _PPO_HELP, _ppo)
-    ilql = command("ilql", "offline reinforcement learning from scored dialogues", _ILQL_HELP, _ilql)
-    for sub in (sft, ppo, ilql):
+    training = {name: command(name, summary, text, _train) for name, (summary, text) in _TRAINING.items()}
+    for name, sub in training.items():
+        sub.set_defaults(command=name)
         sub.add_argument("--config", metavar="FILE", help="yaml file laid over the defaults, yours or a shipped one")
     generate = command("generate", "responses of a model to a file of prompts", _GENERATE_HELP, _generate)
     generate.add_argument("checkpoint", metavar="CKPT_DIR", help="Megatron checkpoint or Hugging Face directory")
     generate.add_argument("--prompts", metavar="FILE", required=True, help="jsonl file or datasets directory")
     generate.add_argument("--out", metavar="FILE", required=True, help="jsonl file to write")
-    for sub in (sft, ppo, ilql, generate):
+    with_overrides = {**training, "generate": generate}
+    for sub in with_overrides.values():
         sub.add_argument("overrides", metavar="key=value", nargs="*", help="configuration keys, as in Hydra")
 
     report = command("report", "one HTML page of a run: curves, samples, timings", _REPORT_HELP, _report)
     report.add_argument("run_dir", metavar="RUN_DIR", help="exp_manager.explicit_log_dir of the run")
 
     _convert_parsers(command("convert", "convert, compare and describe checkpoints", _CONVERT_HELP, _convert))
-    return parser, {"sft": sft, "ppo": ppo, "ilql": ilql, "generate": generate}
+    return parser, with_overrides
 
 
 def _convert_parsers(convert: _Parser) -> None:
@@ -199,37 +226,14 @@ def _conf() -> str:
     return str(package / "conf" if (package / "conf").is_dir() else package.parent / "conf")
 
 
-def _ppo(options: argparse.Namespace) -> int:
+def _train(options: argparse.Namespace) -> int:
     from nemo_rlhf.config import load
 
-    cfg = load("ppo", options.overrides, config_file=options.config)
+    cfg: Any = load(options.command, options.overrides, config_file=options.config)
     launch_if_needed(cfg.trainer.devices, cfg.trainer.num_nodes)
     with heeded():
-        from nemo_rlhf.cli.run import run_ppo
-
-        return run_ppo(cfg)
-
-
-def _sft(options: argparse.Namespace) -> int:
-    from nemo_rlhf.config import load
-
-    cfg = load("sft", options.overrides, config_file=options.config)
-    launch_if_needed(cfg.trainer.devices, cfg.trainer.num_nodes)
-    with heeded():
-        from nemo_rlhf.cli.run import run_sft
-
-        return run_sft(cfg)
-
-
-def _ilql(options: argparse.Namespace) -> int:
-    from nemo_rlhf.config import load
-
-    cfg = load("ilql", options.overrides, config_file=options.config)
-    launch_if_needed(cfg.trainer.devices, cfg.trainer.num_nodes)
-    with heeded():
-        from nemo_rlhf.cli.run import run_ilql
-
-        return run_ilql(cfg)
+        run: Callable[[Any], int] = getattr(import_module("nemo_rlhf.cli.run"), f"run_{options.command}")
+        return run(cfg)
 
 
 def _generate(options: argparse.Namespace) -> int:

@@ -17,6 +17,7 @@ for _name in ("nv_one_logger.api.config", "nv_one_logger.training_telemetry.api.
 # and megatron-core, in every module, that it found no accelerators, which nothing here requires
 warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from nemo.utils import logging as nemo_logging
@@ -27,7 +28,10 @@ from nemo_rlhf import device
 from nemo_rlhf.algorithms.base import Algorithm, Metrics, stored_metrics
 from nemo_rlhf.algorithms.evaluate import sample
 from nemo_rlhf.algorithms.ilql import ILQL, ILQLInputs
+from nemo_rlhf.algorithms.play import Environment, play
 from nemo_rlhf.algorithms.ppo import PPO, PPOInputs
+from nemo_rlhf.algorithms.reward import RewardTraining
+from nemo_rlhf.algorithms.rft import RFT, RFTInputs
 from nemo_rlhf.algorithms.roles import open_role, open_tokenizer
 from nemo_rlhf.algorithms.sft import SFT
 from nemo_rlhf.cli import stop
@@ -50,11 +54,14 @@ from nemo_rlhf.config.schema import (
     ILQLConfig,
     ModelConfig,
     PPOConfig,
+    RewardModelConfig,
+    RFTConfig,
     SFTConfig,
     TrainingConfig,
 )
 from nemo_rlhf.convert.locate import read_architecture
 from nemo_rlhf.data.dialogues import read_dialogues, standardise
+from nemo_rlhf.data.pairs import read_pairs
 from nemo_rlhf.data.prompts import read_prompts, share_fields
 from nemo_rlhf.data.records import Source
 from nemo_rlhf.data.texts import read_texts
@@ -66,6 +73,7 @@ from nemo_rlhf.parallel import state
 from nemo_rlhf.parallel.strategy import MegatronStrategy
 from nemo_rlhf.rollout.collect import make_requests
 from nemo_rlhf.rollout.score import RewardFunction, load_reward_function
+from nemo_rlhf.types import Episode
 
 EXIT_DONE, EXIT_STOPPED = 0, 75
 _NOISY = ("lightning.pytorch", "lightning.fabric", "megatron.core", "torch.distributed")
@@ -87,6 +95,29 @@ def run_ppo(
     Raises:
         ValueError: wrong input, the same on every rank.
     """
+    return _fit(PPO(config, PPOInputs(**_online(config, reward_fn, prompts, validation_prompts, metric_fn))), config)
+
+
+def run_rft(
+    config: RFTConfig,
+    *,
+    reward_fn: RewardFunction | None = None,
+    prompts: Source | None = None,
+    validation_prompts: Source | None = None,
+    metric_fn: Callable[..., dict[str, Any]] | None = None,
+) -> int:
+    """Run RFT; as ``run_ppo``."""
+    return _fit(RFT(config, RFTInputs(**_online(config, reward_fn, prompts, validation_prompts, metric_fn))), config)
+
+
+def _online(
+    config: PPOConfig | RFTConfig,
+    reward_fn: RewardFunction | None,
+    prompts: Source | None,
+    validation_prompts: Source | None,
+    metric_fn: Callable[..., dict[str, Any]] | None,
+) -> dict[str, Any]:
+    """The inputs of an algorithm that samples from prompts, once this process has become a rank of its job."""
     reward_fn = reward_fn or load_reward_function(str(config.reward.function))
     _begin(config.model, config.trainer, config.seed)
     tokenizer, tokenizer_dir = open_tokenizer(config.model)
@@ -98,15 +129,14 @@ def run_ppo(
         read(prompts if prompts is not None else config.data.prompts),
         read(validation_prompts if validation_prompts is not None else config.data.validation_prompts),
     )
-    inputs = PPOInputs(
-        tokenizer=tokenizer,
-        tokenizer_dir=tokenizer_dir,
-        prompts=training,
-        validation_prompts=validation,
-        reward_fn=reward_fn,
-        metric_fn=metric_fn,
-    )
-    return _fit(PPO(config, inputs), config)
+    return {
+        "tokenizer": tokenizer,
+        "tokenizer_dir": tokenizer_dir,
+        "prompts": training,
+        "validation_prompts": validation,
+        "reward_fn": reward_fn,
+        "metric_fn": metric_fn,
+    }
 
 
 def run_sft(config: SFTConfig, *, train: Source | None = None, validation: Source | None = None) -> int:
@@ -165,23 +195,27 @@ def run_ilql(
     return _fit(ILQL(config, inputs), config)
 
 
+def run_reward(config: RewardModelConfig) -> int:
+    """Train a reward model; as ``run_ppo``."""
+    _begin(config.model, config.trainer, config.seed)
+    tokenizer, tokenizer_dir = open_tokenizer(config.model)
+    limit, data = config.data.max_sequence_length, config.data
+    pairs = read_pairs(str(data.train), tokenizer, limit)
+    held_out = read_pairs(data.validation, tokenizer, limit) if data.validation else ()
+    return _fit(RewardTraining(config, tokenizer, tokenizer_dir, pairs, held_out), config)
+
+
 def run_generate(config: GenerateConfig) -> int:
     """Write one response for each prompt to ``config.out``, as jsonl in the order of the prompts."""
     _begin(config.model, config.trainer, 0)
-    model_config = ModelConfig(**vars(config.model))
-    tokenizer, _ = open_tokenizer(model_config)
+    tokenizer, _ = open_tokenizer(ModelConfig(**vars(config.model)))
     prompts = read_prompts(str(config.data.prompts), tokenizer, config.data.max_prompt_length)
-    kind = ILQLModel if "ilql" in read_architecture(model_config.restore_from).heads else PolicyModel
-    policy = open_role(kind, model_config, model_config.restore_from, config.trainer.precision, 0)
-    engine = Engine(
-        policy.gpt,
-        tokenizer,
-        num_slots=config.generation.num_slots,
-        max_sequence_length=policy.architecture.max_position_embeddings,
-    )
+    model = _open_sampler(config)
+    longest = model.architecture.max_position_embeddings
+    engine = Engine(model.gpt, tokenizer, num_slots=config.generation.num_slots, max_sequence_length=longest)
     samples = sample(engine, make_requests(prompts, 1, 0), SamplingParams(**sampling_values(config.generation)))
     if dist.get_rank() == 0:
-        out = Path(config.out)
+        out = Path(str(config.out))
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = out.with_name(out.name + ".partial")
         with partial.open("w") as file:
@@ -195,6 +229,41 @@ def run_generate(config: GenerateConfig) -> int:
                 file.write(json.dumps(record, default=str) + "\n")
         partial.replace(out)
     return _end(EXIT_DONE)
+
+
+def run_play(
+    config: GenerateConfig,
+    env: Callable[[int], Environment],
+    num_episodes: int,
+    *,
+    max_turns: int | None,
+    max_sequence_length: int,
+    logit_mask: Any,
+) -> list[Episode]:
+    """As ``nemo_rlhf.play``, in this process, which is one rank of the job."""
+    _begin(config.model, config.trainer, 0)
+    tokenizer, _ = open_tokenizer(ModelConfig(**vars(config.model)))
+    model = _open_sampler(config)
+    longest = min(max_sequence_length, model.architecture.max_position_embeddings)
+    engine = Engine(
+        model.gpt,
+        tokenizer,
+        num_slots=config.generation.num_slots,
+        max_sequence_length=longest,
+        logit_mask=None if logit_mask is None else torch.as_tensor(logit_mask),
+    )
+    sampling = SamplingParams(**sampling_values(config.generation))
+    episodes = play(engine, tokenizer, env, num_episodes, sampling, max_sequence_length=longest, max_turns=max_turns)
+    _end(EXIT_DONE)
+    return episodes
+
+
+def _open_sampler(config: GenerateConfig) -> PolicyModel | ILQLModel:
+    source = config.model.restore_from
+    kind: type[PolicyModel] | type[ILQLModel] = PolicyModel
+    if "ilql" in read_architecture(source).heads:
+        kind = ILQLModel
+    return open_role(kind, ModelConfig(**vars(config.model)), source, config.trainer.precision, 0)
 
 
 def result_of(run_dir: Path) -> tuple[Metrics, Path]:
@@ -283,7 +352,8 @@ def _fit(algorithm: Algorithm, config: TrainingConfig) -> int:
     if dist.get_rank() == 0:
         (run_dir / "config.yaml").write_text(dump(config))
         if done >= algorithm.max_steps:
-            print(f"nemo-rlhf: {run_dir} has all {done} steps; raise trainer.max_steps (or max_epochs) to go on.", file=sys.stderr)
+            how = "raise trainer.max_steps (or max_epochs) to go on."
+            print(f"nemo-rlhf: {run_dir} has all {done} steps; {how}", file=sys.stderr)
     with stop.heeded():
         trainer.fit(algorithm, ckpt_path=resume)
     if dist.get_rank() == 0 and metrics.path.exists():

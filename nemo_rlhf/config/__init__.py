@@ -14,7 +14,15 @@ from typing import Any
 
 from nemo_rlhf.config.load import config_directory, dump, load, quoted
 from nemo_rlhf.config.sampling import sampling_sweep, sampling_values
-from nemo_rlhf.config.schema import Config, GenerateConfig, ILQLConfig, PPOConfig, RFTConfig, SFTConfig
+from nemo_rlhf.config.schema import (
+    Config,
+    GenerateConfig,
+    ILQLConfig,
+    PPOConfig,
+    RewardModelConfig,
+    RFTConfig,
+    SFTConfig,
+)
 from nemo_rlhf.config.validate import data_parallel_size, validate
 
 __all__ = [
@@ -23,6 +31,7 @@ __all__ = [
     "ILQLConfig",
     "PPOConfig",
     "RFTConfig",
+    "RewardModelConfig",
     "SFTConfig",
     "config_directory",
     "data_parallel_size",
@@ -35,18 +44,20 @@ __all__ = [
 ]
 
 
-# What ``nemo_rlhf.train`` has in memory, so that a configuration for it may leave these keys out.
+# What ``nemo_rlhf.train`` and ``play`` have in memory, so that a configuration for it may leave these keys out.
 TRAIN_SUPPLIES: dict[str, tuple[str, ...]] = {
     "ppo": ("data.prompts", "reward.function"),
     "sft": ("data.train",),
     "ilql": ("data.train",),
     "rft": ("data.prompts", "reward.function"),
+    "generate": ("data.prompts", "out"),
 }
 
 
 class _CallableModule(types.ModuleType):
     def __call__(self, command: str, overrides: Sequence[str] = (), *, config_file: str | Path | None = None) -> Any:
-        """The configuration of ``command`` for ``nemo_rlhf.train``, which brings model, data and reward itself."""
+        """The configuration of ``command`` for ``nemo_rlhf.train``, or of "generate" for ``play``: they bring model,
+        data and reward themselves."""
         given = {override.split("=", 1)[0] for override in overrides}
         supplied = [key for key in TRAIN_SUPPLIES.get(command, ()) if key not in given]
         return load(command, ["model.restore_from=''", *overrides], config_file=config_file, supplied=supplied)

@@ -31,7 +31,7 @@ class Architecture:
     weights of those sum to one.
 
     ``ilql_num_q`` Q heads (and a V head), each with a hidden layer ``ilql_head_width`` wide, where "ilql" is among the
-    ``heads``."""
+    ``heads``. ``score_mean`` and ``score_std``: of a reward model's scores on held-out texts."""
 
     family: str
     num_layers: int
@@ -67,6 +67,8 @@ class Architecture:
     dense_layers: tuple[int, ...] = ()
     ilql_num_q: int = 0
     ilql_head_width: int = 0
+    score_mean: float = 0.0
+    score_std: float = 1.0
 
     def is_sparse(self, layer: int) -> bool:
         """Whether the feed-forward part of this layer, counted from 0, is a mixture of experts."""

@@ -26,7 +26,16 @@ from hydra.initialize import get_gh_backup, restore_gh_from_backup
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_rlhf.config.schema import COMMANDS, Config, GenerateConfig, ILQLConfig, PPOConfig, RFTConfig, SFTConfig
+from nemo_rlhf.config.commands import COMMANDS
+from nemo_rlhf.config.schema import (
+    Config,
+    GenerateConfig,
+    ILQLConfig,
+    PPOConfig,
+    RewardModelConfig,
+    RFTConfig,
+    SFTConfig,
+)
 from nemo_rlhf.config.validate import require_keys, validate
 
 ConfigFile = str | Path | None
@@ -54,6 +63,14 @@ def load(
 ) -> RFTConfig: ...
 @overload
 def load(
+    command: Literal["reward"],
+    overrides: Sequence[str] = (),
+    *,
+    config_file: ConfigFile = None,
+    supplied: Supplied = (),
+) -> RewardModelConfig: ...
+@overload
+def load(
     command: Literal["generate"],
     overrides: Sequence[str] = (),
     *,
@@ -67,7 +84,7 @@ def load(
 def load(
     command: str, overrides: Sequence[str] = (), *, config_file: ConfigFile = None, supplied: Supplied = ()
 ) -> Config:
-    """The configuration of ``command`` ("ppo", "sft", "ilql", "rft" or "generate"), in its class.
+    """The configuration of ``command`` ("ppo", "sft", "ilql", "rft", "reward" or "generate"), in its class.
 
     ``overrides`` are Hydra's ``key=value``; ``config_file`` is a yaml file of the user, or the name of a shipped one
     (``examples/llama3_8b_ppo``); ``supplied`` names required keys that the caller has in memory ("data.prompts",

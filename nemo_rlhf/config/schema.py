@@ -234,6 +234,14 @@ class ILQLDataConfig:
 
 
 @dataclass
+class PairDataConfig:
+    train: str | None = MISSING  # jsonl file or `datasets` directory of compared responses
+    validation: str | None = None  # the same; null: no validation
+    max_sequence_length: int = 2048  # tokens of prompt and response; longer pairs are left out
+    shuffle: bool = True  # a new order every epoch, from `seed`
+
+
+@dataclass
 class GenerateDataConfig:
     prompts: str | None = MISSING  # jsonl file or `datasets` directory
     max_prompt_length: int = 1024  # tokens; a longer prompt is an error
@@ -306,6 +314,21 @@ class RFTConfig:
     reward: RewardConfig = field(default_factory=RewardConfig)
 
 
+def _reward_exp_manager() -> ExpManagerConfig:
+    return ExpManagerConfig(checkpoint_callback_params=CheckpointConfig(monitor="val/accuracy"))
+
+
+@dataclass
+class RewardModelConfig:
+    """Configuration of ``nemo-rlhf reward``."""
+
+    seed: int = 1234  # of initialisation and data order
+    trainer: OfflineTrainerConfig = field(default_factory=OfflineTrainerConfig)
+    exp_manager: ExpManagerConfig = field(default_factory=_reward_exp_manager)
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(optim=OptimConfig(lr=1e-5)))
+    data: PairDataConfig = field(default_factory=PairDataConfig)
+
+
 @dataclass
 class GenerateConfig:
     """Configuration of ``nemo-rlhf generate``."""
@@ -314,47 +337,8 @@ class GenerateConfig:
     model: BaseModelConfig = field(default_factory=BaseModelConfig)
     generation: SamplingConfig = field(default_factory=SamplingConfig)
     data: GenerateDataConfig = field(default_factory=GenerateDataConfig)
-    out: str = MISSING  # the jsonl file that is written
+    out: str | None = MISSING  # the jsonl file that is written
 
 
-TrainingConfig = PPOConfig | SFTConfig | ILQLConfig | RFTConfig
+TrainingConfig = PPOConfig | SFTConfig | ILQLConfig | RFTConfig | RewardModelConfig
 Config = TrainingConfig | GenerateConfig
-
-COMMANDS: dict[str, type[TrainingConfig] | type[GenerateConfig]] = {
-    "ppo": PPOConfig,
-    "sft": SFTConfig,
-    "ilql": ILQLConfig,
-    "rft": RFTConfig,
-    "generate": GenerateConfig,
-}
-
-# Keys without a default, in each command, and a value to show to whoever forgot one.
-REQUIRED: dict[str, dict[str, str]] = {
-    "ppo": {
-        "model.restore_from": "/models/llama-sft",
-        "exp_manager.explicit_log_dir": "runs/ppo",
-        "data.prompts": "prompts.jsonl",
-        "reward.function": "my_package.rewards:score",
-    },
-    "rft": {
-        "model.restore_from": "/models/llama-sft",
-        "exp_manager.explicit_log_dir": "runs/rft",
-        "data.prompts": "prompts.jsonl",
-        "reward.function": "my_package.rewards:score",
-    },
-    "ilql": {
-        "model.restore_from": "/models/llama-sft",
-        "exp_manager.explicit_log_dir": "runs/ilql",
-        "data.train": "dialogues.jsonl",
-    },
-    "sft": {
-        "model.restore_from": "/models/llama",
-        "exp_manager.explicit_log_dir": "runs/sft",
-        "data.train": "train.jsonl",
-    },
-    "generate": {
-        "model.restore_from": "/models/llama",
-        "data.prompts": "prompts.jsonl",
-        "out": "responses.jsonl",
-    },
-}

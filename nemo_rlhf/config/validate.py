@@ -10,16 +10,9 @@ from collections.abc import Collection
 
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_rlhf.config.commands import REQUIRED
 from nemo_rlhf.config.rules import COUNT, FRACTION, INFINITY, NOT_NEGATIVE, POSITIVE, Rule, has_key, value_of
-from nemo_rlhf.config.schema import (
-    REQUIRED,
-    Config,
-    GenerateConfig,
-    ILQLConfig,
-    PPOConfig,
-    RFTConfig,
-    TrainingConfig,
-)
+from nemo_rlhf.config.schema import Config, GenerateConfig, ILQLConfig, PPOConfig, RFTConfig, TrainingConfig
 from nemo_rlhf.config.validate_sampling import (
     check_rollout_temperature,
     check_sampling,
@@ -113,6 +106,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
 }
 
 OFFLOADABLE = ("optimizer", "critic", "reference")
+
 
 def require_keys(node: DictConfig, command: str, supplied: Collection[str] = ()) -> None:
     """Raises ValueError that shows how to set the required keys that ``node`` lacks; ``supplied`` are those that

@@ -7,7 +7,15 @@ from typing import Any
 
 from nemo_rlhf.config.rules import COUNT, NOT_NEGATIVE, Rule, value_of
 from nemo_rlhf.config.sampling import SWEEPABLE, sampling_sweep
-from nemo_rlhf.config.schema import Config, GenerateConfig, ILQLConfig, PPOConfig, RFTConfig, SFTConfig
+from nemo_rlhf.config.schema import (
+    Config,
+    GenerateConfig,
+    ILQLConfig,
+    PPOConfig,
+    RewardModelConfig,
+    RFTConfig,
+    SFTConfig,
+)
 
 _SAMPLING_RANGES: dict[str, Rule] = {
     "max_new_tokens": COUNT,
@@ -21,7 +29,7 @@ _SAMPLING_RANGES: dict[str, Rule] = {
 
 def check_sampling(cfg: Config) -> None:
     """Types and ranges of sampling keys, whose lists are sweeps: at most one in all, only where validation exists."""
-    if isinstance(cfg, SFTConfig):
+    if isinstance(cfg, SFTConfig | RewardModelConfig):
         return
     swept = [key for key in _sampling_keys(cfg) if isinstance(value_of(cfg, key), list)]
     if isinstance(cfg, GenerateConfig) and swept:
@@ -46,15 +54,15 @@ def check_sampling(cfg: Config) -> None:
 def check_rollout_temperature(cfg: PPOConfig | RFTConfig) -> None:
     if sampling_sweep(cfg.generation)[0]["temperature"] == 0:
         raise ValueError(
-            f"generation.temperature={cfg.generation.temperature} makes rollouts greedy, and there is nothing to learn from "
-            "them: set it above 0 (validation has its own, generation.validation.temperature)."
+            f"generation.temperature={cfg.generation.temperature} makes rollouts greedy, which teaches "
+            "nothing: set it above 0 (validation has its own, generation.validation.temperature)."
         )
 
 
 def check_unguided(cfg: PPOConfig | RFTConfig) -> None:
     for key in ("generation.beta", "generation.validation.beta"):
         if value_of(cfg, key):
-            raise ValueError(f"{key}={value_of(cfg, key)} is guidance by Q values, which the policy has not: leave it 0.")
+            raise ValueError(f"{key}={value_of(cfg, key)} guides by Q values, which this policy has not: leave it 0.")
 
 
 def warn_truncated_rollouts(cfg: PPOConfig) -> None:

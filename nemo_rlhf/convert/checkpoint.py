@@ -14,6 +14,7 @@ import torch
 from nemo_rlhf.config.architecture import Architecture
 from nemo_rlhf.convert.families import weight_map
 from nemo_rlhf.convert.files import common, moved, within
+from nemo_rlhf.convert.ilql_heads import HeadsSource, head_shapes, is_padded
 from nemo_rlhf.convert.keys import Place, candidates
 from nemo_rlhf.convert.mapping import Box, Cut, Entry, Shape, Vocabulary
 from nemo_rlhf.convert.torch_dist import Reader
@@ -45,10 +46,23 @@ class CheckpointSource:
                     f"{self.where}: {place.key} has shape {list(found)}, but its model_config.yaml says "
                     f"{list(expected)}."
                 )
-        known = {place.key for place in self._places.values()}
+        heads = head_shapes(self._weights.architecture)
+        for key, shape in heads.items():
+            if key not in self._reader.tensors:
+                raise ValueError(f"{self.where} lacks {key}: it is not a whole checkpoint of its model_config.yaml.")
+            found = self._reader.tensors[key].shape
+            if found != shape and not is_padded(key, found, shape):
+                raise ValueError(
+                    f"{self.where}: {key} has shape {list(found)}, but its model_config.yaml says {list(shape)}."
+                )
+        known = {place.key for place in self._places.values()} | heads.keys()
         unknown = sorted(key for key in self._reader.tensors if key not in known)
         if unknown:
             raise ValueError(f"{self.where} has {unknown[0]}, which its model_config.yaml has no place for.")
+
+    def heads(self) -> HeadsSource:
+        """V and target Q heads of an ILQL model, nothing in a model without."""
+        return HeadsSource(self._reader, self._weights.architecture, self.where)
 
     def _locate(self, entry: Entry) -> Place:
         for place in candidates(self._weights.architecture, entry.megatron):

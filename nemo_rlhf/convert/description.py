@@ -15,7 +15,16 @@ from nemo_rlhf.convert.locate import read_architecture, resolve_restore_from, to
 from nemo_rlhf.convert.source import open_hf
 
 _IDENTITY = "identity.json"  # what training writes beside the models of a step
-_NOT_SHAPING = ("hf_config", "initializer_range", "dtype", "heads")
+_NOT_SHAPING = (
+    "hf_config",
+    "initializer_range",
+    "dtype",
+    "heads",
+    "ilql_num_q",
+    "ilql_head_width",
+    "score_mean",
+    "score_std",
+)
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
@@ -40,7 +49,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "family": architecture.family,
         "parameters": weights.num_parameters(),
         "dtype": " and ".join(sorted({str(source.dtype(n)).removeprefix("torch.") for n in source.names()})),
-        "heads": list(architecture.heads) or ["language model"],
+        "heads": [*([] if "value" in architecture.heads else ["language model"]), *architecture.heads],
         **_sizes(architecture),
         "tokenizer": tokenizer,
         "step": _step(directory),
@@ -65,6 +74,8 @@ def _sizes(architecture: Architecture) -> dict[str, Any]:
         names.append("sliding_window")
     if architecture.num_experts:
         names += ["num_experts", "experts_per_token", "expert_ffn_hidden_size"]
+    if "ilql" in architecture.heads:
+        names += ["ilql_num_q", "ilql_head_width"]
     return {name: getattr(architecture, name) for name in names}
 
 

@@ -12,13 +12,13 @@ from nemo_rlhf.convert.families import architecture_of
 Format = Literal["hf", "megatron"]
 CONFIG = "config.json"
 TOKENIZER = "tokenizer"
-_POLICY = "policy"
+_MAIN = ("policy", "reward")  # what a training checkpoint stands for
 
 
 def resolve_restore_from(path: str | Path) -> tuple[Format, Path]:
     """Format of the model at ``path`` and the directory that holds it.
 
-    A training checkpoint stands for its policy; ``<checkpoint>/critic`` names the critic.
+    A training checkpoint stands for its policy or reward model; ``<checkpoint>/critic`` names the critic.
 
     Raises:
         ValueError: there is no model at ``path``.
@@ -26,8 +26,9 @@ def resolve_restore_from(path: str | Path) -> tuple[Format, Path]:
     path = Path(path)
     if (path / FILE_NAME).is_file():
         return "megatron", path
-    if (path / _POLICY / FILE_NAME).is_file():
-        return "megatron", path / _POLICY
+    for name in _MAIN:
+        if (path / name / FILE_NAME).is_file():
+            return "megatron", path / name
     if (path / CONFIG).is_file():
         return "hf", path
     if not path.is_dir():

@@ -50,13 +50,16 @@ class _Writer:
         return elements
 
 
-def write_safetensors(source: WeightSource, directory: Path, max_shard_bytes: int, workers: int) -> int:
-    """All tensors of ``source`` as ``model.safetensors``, or as shards with an index where that would be too large.
+def write_safetensors(
+    source: WeightSource, directory: Path, max_shard_bytes: float, workers: int, stem: str = "model"
+) -> int:
+    """All tensors of ``source`` as ``<stem>.safetensors``, or as shards with an index where that would be too large.
     Returns the number of elements written."""
     shards = _plan(source, max_shard_bytes)
     arrays: dict[str, Array] = {}
     for number, names in enumerate(shards, start=1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        part = "" if len(shards) == 1 else f"-{number:05d}-of-{len(shards):05d}"
+        file = f"{stem}{part}.safetensors"
         header = lay_out(directory / file, {name: (source.shape(name), source.dtype(name)) for name in names})
         with (directory / file).open("wb") as stream:
             stream.write(header.content)
@@ -66,7 +69,7 @@ def write_safetensors(source: WeightSource, directory: Path, max_shard_bytes: in
         total = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays.values())
         files = {name: array.path.name for name, array in sorted(arrays.items())}
         index = {"metadata": {"total_size": total}, "weight_map": files}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     tasks = []
     for name in source.names():
         array = arrays[name]
@@ -75,10 +78,10 @@ def write_safetensors(source: WeightSource, directory: Path, max_shard_bytes: in
     return sum(each(_Writer(source, arrays), tasks, workers))
 
 
-def _plan(source: WeightSource, max_shard_bytes: int) -> list[list[str]]:
+def _plan(source: WeightSource, max_shard_bytes: float) -> list[list[str]]:
     """Names by shard, in order. A tensor above the limit gets a shard of its own."""
     shards: list[list[str]] = []
-    room = 0
+    room = 0.0
     for name in source.names():
         size = math.prod(source.shape(name)) * source.dtype(name).itemsize
         if not shards or size > room:

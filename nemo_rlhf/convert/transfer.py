@@ -22,6 +22,7 @@ from nemo_rlhf.config.architecture import Architecture
 from nemo_rlhf.convert.checkpoint import WEIGHTS, CheckpointSource
 from nemo_rlhf.convert.directory import new_directory, refuse_existing
 from nemo_rlhf.convert.families import classifier_name, weight_map
+from nemo_rlhf.convert.ilql_heads import STEM
 from nemo_rlhf.convert.locate import CONFIG, TOKENIZER, read_architecture, resolve_restore_from, tokenizer_directory
 from nemo_rlhf.convert.source import WeightSource, open_hf
 from nemo_rlhf.convert.to_hf import write_safetensors
@@ -87,7 +88,8 @@ def export_hf(
     workers: int = 1,
 ) -> Path:
     """Write the model of a Megatron checkpoint as a Hugging Face directory, in the dtype it is stored in. A critic or
-    reward model becomes a sequence classification model with one label.
+    reward model becomes a sequence classification model with one label; the heads of an ILQL model go to a file of
+    their own beside a plain language model, ``ilql_heads.safetensors``.
 
     Args:
         max_shard_size: bytes, or a number with KB, MB, GB, KiB, MiB or GiB.
@@ -107,9 +109,13 @@ def export_hf(
     refuse_existing(Path(hf_dir), force)
     source = CheckpointSource(ckpt_dir, architecture)
     config = hf_config(architecture, stored_dtype(source), tokenizer_directory(ckpt_dir))
-    with new_directory(Path(hf_dir), force, _bytes(source)) as directory:
+    heads = source.heads()
+    with new_directory(Path(hf_dir), force, _bytes(source) + _bytes(heads)) as directory:
         written = write_safetensors(source, directory, limit, workers)
         _compare_counts(weight_map(architecture).num_parameters(), written, ckpt_dir)
+        if heads.names():
+            written = write_safetensors(heads, directory, math.inf, workers, stem=STEM)
+            _compare_counts(_count(heads, heads.names()), written, ckpt_dir)
         copy_tokenizer(tokenizer_directory(ckpt_dir), directory)
         _write_config(config, directory / CONFIG)
     return Path(hf_dir)

@@ -34,9 +34,9 @@ def read_texts(
     - ``{"text"}`` or a string: everything is learned, with EOS at the end.
 
     ``top_percent``: below 100, only this best share of the records is read, by the "reward" or "rewards" that each must
-    then have. ``train_on``: "all" learns every token of every form. The first token of a text is never learned, as nothing
-    precedes it. Longer than ``max_sequence_length`` tokens: what precedes the last learned stretch is cut at its start
-    (BOS stays), then that stretch at its end; one warning says how many texts lost what.
+    then have. ``train_on``: "all" learns every token of every form. The first token of a text is never learned, as
+    nothing precedes it. Longer than ``max_sequence_length`` tokens: what precedes the last learned stretch is cut at
+    its start (BOS stays), then that stretch at its end; one warning says how many texts lost what.
     Raises ValueError, which names the place, for a record that is none of these or has nothing to learn.
     """
     if max_sequence_length < 2:

@@ -74,8 +74,9 @@ class MegatronModel(ModelPT):
         lengths: Tensor,
         rows: Sequence[int],
         fields: Mapping[str, Tensor] | None = None,
+        together: int = 1,
     ) -> list[schedule.Microbatch]:
-        """This data-parallel rank's microbatches of the given rows of a whole batch [B, S]."""
+        """This data-parallel rank's microbatches of the given rows of a whole batch [B, S]; see ``schedule.cut``."""
         return schedule.cut(
             tokens,
             mask,
@@ -84,6 +85,7 @@ class MegatronModel(ModelPT):
             micro_batch_size=self.config.micro_batch_size,
             fields=fields,
             multiple_of=state.tp_size() if self.gpt.config.sequence_parallel else 1,
+            together=together,
         )
 
     def pack(

@@ -302,6 +302,12 @@ class GPT(GPTModel):
         """Values [N] fp32 of the states before the selected tokens; arguments as of ``vocab_logprobs``."""
         return self.value_head(_before(self._gathered(hidden), tokens, selected))
 
+    def scores(self, hidden: Tensor, tokens: Tensor, selected: Tensor) -> Tensor:
+        """Values [N] fp32 of the states that the selected tokens lead to: of whole texts, where they are the last."""
+        batch, length = tokens.shape
+        rows = self._gathered(hidden).reshape(-1, hidden.size(-1))
+        return self.value_head(rows[selected % length * batch + selected // length])
+
     def ilql_scores(self, hidden: Tensor, tokens: Tensor, selected: Tensor, detach: bool) -> ILQLScores:
         """What ILQL's loss needs of the selected tokens; arguments as of ``vocab_logprobs``. ``detach``: what the heads
         say has no gradient for the trunk."""

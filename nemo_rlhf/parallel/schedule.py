@@ -50,16 +50,19 @@ def cut(
     micro_batch_size: int,
     fields: Mapping[str, Tensor] | None = None,
     multiple_of: int = 1,
+    together: int = 1,
 ) -> list[Microbatch]:
     """Microbatches of the given rows of a batch of host tensors [B, S], moved to this rank's device.
 
     Rows are grouped by length, so little is computed on padding. ``multiple_of`` rounds the padded length up
-    (sequence parallelism splits it).
+    (sequence parallelism splits it). ``together``: so many rows that follow each other in the batch stay side by side
+    in one microbatch (the two of a pair); ``rows`` names the first of each, and ``micro_batch_size`` counts groups.
     """
-    order = sorted(rows, key=lambda row: int(lengths[row]), reverse=True)
+    groups = [range(row, row + together) for row in rows]
+    groups.sort(key=lambda group: max(int(lengths[row]) for row in group), reverse=True)
     microbatches = []
-    for start in range(0, len(order), micro_batch_size):
-        chosen = torch.tensor(order[start : start + micro_batch_size])
+    for start in range(0, len(groups), micro_batch_size):
+        chosen = torch.tensor([row for group in groups[start : start + micro_batch_size] for row in group])
         length = -(-int(lengths[chosen].max()) // multiple_of) * multiple_of
         part_tokens = _columns(tokens[chosen], length)
         row, place = _columns(mask[chosen], length).nonzero(as_tuple=True)
@@ -145,8 +148,7 @@ def forward_backward(model: Any, microbatches: Sequence[Microbatch], loss: Loss)
         The logged sums over microbatches and data-parallel ranks (the maximum for names that end in
         ``max_deviation``), the same on every rank.
     """
-    gpt = model.module
-    assert not goes_in_step(gpt) or state.max_over_shared_experts(len(microbatches)) == len(microbatches)
+    microbatches = _in_step(model.module, microbatches) or [_nothing(model.module)]  # every replica has a gradient
     # megatron divides the loss by the number of microbatches and its gradient by the data-parallel size: undo both
     scale = len(microbatches) * state.dp_size()
 
@@ -212,10 +214,15 @@ def _in_step(gpt: GPT, microbatches: Sequence[Microbatch]) -> list[Microbatch]:
     if not goes_in_step(gpt):
         return list(microbatches)
     missing = state.max_over_shared_experts(len(microbatches)) - len(microbatches)
+    return [*microbatches, *[_nothing(gpt)] * missing]
+
+
+def _nothing(gpt: GPT) -> Microbatch:
+    """A microbatch without a selected token."""
     length = state.tp_size() if gpt.config.sequence_parallel else 1
     nothing = torch.empty(0, dtype=torch.long, device="cpu")
     tokens = torch.zeros(1, length, dtype=torch.long, device=device.torch_device())
-    return [*microbatches, *[Microbatch(tokens, nothing.to(tokens.device), {}, nothing)] * missing]
+    return Microbatch(tokens, nothing.to(tokens.device), {}, nothing)
 
 
 def reduce_sums(outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:

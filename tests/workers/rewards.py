@@ -67,3 +67,7 @@ def too_few(outputs: list[str], **rest: Any) -> list[float]:
 
 def _bad_prompt() -> str:
     return os.environ["BAD_PROMPT"]
+
+
+def constant(outputs: list[str], **rest: Any) -> list[float]:
+    return [1.0] * len(outputs)

@@ -83,10 +83,11 @@ def flip_a_byte(file: Path) -> None:
 def _signal_in(step: int) -> Iterator[None]:
     """A signal while step ``step`` is under way, on one rank only: the others must learn of it."""
     from nemo_rlhf.algorithms.ppo import PPO
+    from nemo_rlhf.algorithms.rft import RFT
     from nemo_rlhf.algorithms.sft import SFT
 
     with contextlib.ExitStack() as stack:
-        for kind in (PPO, SFT):
+        for kind in (PPO, RFT, SFT):
             stack.enter_context(mock.patch.object(kind, "run_step", _signalling(kind.run_step, step)))
         yield
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nemo_rlhf.algorithms.sft import token_loss
 from nemo_rlhf.parallel import state
+from nemo_rlhf.parallel.schedule import forward_backward
 from tests.workers.parallel_worker import OPTIM, SEED, TOTAL_STEPS, VOCAB, Cut, open_model, whole_name
 
 LENGTHS = (24, 5, 17, 9, 23, 12, 3, 31)
@@ -28,7 +29,7 @@ def texts() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def learn(cut: Cut, directory: Path, packed: bool, recompute: str | None = None) -> dict[str, Any]:
-    """Log-probabilities, gradients of the first step by whole name (this rank's parts), and two steps."""
+    """Log-probabilities, gradients by whole name (this rank's parts), and two steps."""
     model = open_model("sft", cut, directory, micro_batch=2, recompute=recompute)
     model.make_trainable(OPTIM, TOTAL_STEPS)
     tokens, mask, lengths = texts()
@@ -41,14 +42,15 @@ def learn(cut: Cut, directory: Path, packed: bool, recompute: str | None = None)
 
     logprobs, _ = model.logprobs(microbatches(), 1.0, tokens)
     result: dict[str, Any] = {"logprobs": logprobs[mask], "rows": len(microbatches()), "steps": []}
-    for step in range(2):
-        sums, norm = model.learn(microbatches(), token_loss(int(mask.sum())))
+    loss = token_loss(int(mask.sum()))
+    model.learner.zero_grad()
+    forward_backward(model.learner.ddp, microbatches(), loss)
+    result["gradients"] = {
+        whole_name(model.gpt, name): parameter.main_grad.clone() for name, parameter in model.gpt.named_parameters()
+    }
+    for _ in range(2):
+        sums, norm = model.learn(microbatches(), loss)
         result["steps"].append({"loss": sums["loss"], "norm": norm})
-        if step == 0:
-            result["weights"] = {
-                whole_name(model.gpt, name): parameter.detach().clone()
-                for name, parameter in model.gpt.named_parameters()
-            }
     return result
 
 
