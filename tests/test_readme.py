@@ -21,6 +21,8 @@ SMALL = ["trainer.max_steps=1", "model.global_batch_size=4", "generation.max_new
 MADE_SMALL = {
     "sft": ["trainer.max_steps=1", "trainer.val_check_interval=1", "model.global_batch_size=4"],
     "ppo": [*SMALL, "trainer.val_check_interval=1", "ppo.num_prompts=4", "ppo.samples_per_prompt=1"],
+    "rft": [*SMALL, "rft.num_prompts=4", "rft.samples_per_prompt=2"],
+    "reward": ["trainer.max_steps=1", "model.global_batch_size=4"],
     "ilql": ["trainer.max_steps=1", "model.global_batch_size=4"],
     "generate": ["generation.max_new_tokens=4"],
 }
@@ -45,6 +47,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (place / f"{name}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     dialogues = [{"turns": [p["prompt"], p["response"]], "rewards": [n]} for n, p in enumerate(pairs)]
     (place / "dialogues.jsonl").write_text("".join(json.dumps(dialogue) + "\n" for dialogue in dialogues))
+    compared = [{"prompt": p["prompt"], "chosen": p["response"], "rejected": "none"} for p in pairs]
+    (place / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in compared))
     (reward,) = [block for block in blocks("python") if block.startswith("def score")]
     (place / "my_package").mkdir()
     (place / "my_package" / "rewards.py").write_text(reward)
@@ -69,7 +73,7 @@ def test_the_commands_run_one_after_the_other(place: Path) -> None:
         local = [word.replace("/models/", f"{place}/models/") for word in command]
         run(place, PROGRAM, *local, *MADE_SMALL.get(command[0], []))
         names |= {" ".join(command[: 2 if command[0] == "convert" else 1])}
-    assert {"sft", "ppo", "ilql", "generate", "report", "convert import", "convert export", "convert verify"} <= names
+    assert {"sft", "ppo", "ilql", "rft", "reward", "generate", "report", "convert import", "convert export", "convert verify"} <= names
     assert len((place / "responses.jsonl").read_text().splitlines()) == 4
     assert (place / "runs" / "ppo" / "report.html").is_file() and (place / "exported" / "model.safetensors").is_file()
 
