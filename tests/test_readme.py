@@ -73,7 +73,8 @@ def test_the_commands_run_one_after_the_other(place: Path) -> None:
         local = [word.replace("/models/", f"{place}/models/") for word in command]
         run(place, PROGRAM, *local, *MADE_SMALL.get(command[0], []))
         names |= {" ".join(command[: 2 if command[0] == "convert" else 1])}
-    assert {"sft", "ppo", "ilql", "rft", "reward", "generate", "report", "convert import", "convert export", "convert verify"} <= names
+    conversions = {f"convert {way}" for way in ("import", "export", "verify", "inspect")}
+    assert {"sft", "ppo", "ilql", "rft", "reward", "generate", "report"} | conversions <= names
     assert len((place / "responses.jsonl").read_text().splitlines()) == 4
     assert (place / "runs" / "ppo" / "report.html").is_file() and (place / "exported" / "model.safetensors").is_file()
 
