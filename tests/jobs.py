@@ -17,7 +17,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 _MARK = "NEMO_RLHF_TEST_JOB"
-_FROM_OUTSIDE = (
+FROM_OUTSIDE = (
     "RANK",
     "LOCAL_RANK",
     "WORLD_SIZE",
@@ -35,7 +35,7 @@ class Job:
 
     def __init__(self, arguments: list[str], cwd: Path, *, module: str | None = "nemo_rlhf", **env: str) -> None:
         self._mark = uuid.uuid4().hex
-        outside = {k: v for k, v in os.environ.items() if k not in _FROM_OUTSIDE and not k.startswith("SLURM_")}
+        outside = {k: v for k, v in os.environ.items() if k not in FROM_OUTSIDE and not k.startswith("SLURM_")}
         self._out, self._err = cwd / f"{self._mark}.out", cwd / f"{self._mark}.err"
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.process = subprocess.Popen(

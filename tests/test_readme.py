@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import write_model_config, write_tokenizer
+from tests.jobs import FROM_OUTSIDE
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = Path(sys.executable).with_name("nemo-rlhf")
@@ -56,7 +57,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(place: Path, *command: str | Path) -> str:
-    env = {**os.environ, "PYTHONPATH": f"{place}:{ROOT}"}
+    outside = {name: value for name, value in os.environ.items() if name not in FROM_OUTSIDE}
+    env = {**outside, "PYTHONPATH": f"{place}:{ROOT}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, f"{shlex.join(map(str, command))}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout

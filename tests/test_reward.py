@@ -15,7 +15,7 @@ from nemo_rlhf.algorithms.reward import calibration_error
 from nemo_rlhf.convert import export_hf
 from nemo_rlhf.convert.locate import read_architecture
 from nemo_rlhf.data.pairs import read_pairs
-from nemo_rlhf.losses.reward import bradley_terry_loss, regression_loss
+from nemo_rlhf.losses.reward import bradley_terry_loss
 from nemo_rlhf.parallel import state
 from tests.conftest import Tiny, write_tokenizer
 from tests.jobs import Job, metrics_of
@@ -46,14 +46,6 @@ def test_bradley_terry_by_pair() -> None:
     assert tensors[1].grad.tolist() == pytest.approx([-slope for slope in slopes], rel=1e-12)
     assert float(sums["accuracy"]) == 1 and float(sums["margin/mean"]) == pytest.approx(-0.9)
     assert float(sums["score/square"]) == pytest.approx(sum(x * x for x in chosen + rejected) / 2)
-
-
-def test_regression_by_score() -> None:
-    scores = torch.tensor([1.0, 3.0], requires_grad=True)
-    loss, sums = regression_loss(scores, torch.tensor([2.0, 1.0]), normalizer=2)
-    loss.backward()
-    assert float(loss) == pytest.approx((0.5 + 2.0) / 2) and scores.grad.tolist() == [-0.5, 1.0]
-    assert float(sums["error/mean"]) == 3.0
 
 
 def test_calibration_error() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from lightning.pytorch import LightningModule
 from nemo_rlhf import device
 from nemo_rlhf.config.architecture import Architecture
 from nemo_rlhf.data.tokenizer import fingerprint
+from nemo_rlhf.models.base import NonFiniteError
 from nemo_rlhf.parallel import checkpoint, state
 
 _STATE, _IDENTITY = "state.pt", "identity.json"
@@ -83,6 +84,15 @@ class Algorithm(LightningModule):
     @abstractmethod
     def load_loop_state(self, loaded: dict[str, Any]) -> None:
         """What ``loop_state`` gave."""
+
+    def not_finite(self, error: NonFiniteError, batch: Mapping[str, Any]) -> NonFiniteError:
+        """Keep ``batch`` for inspection; the error to raise in the place of ``error``, which says where it is."""
+        path = self.run_dir / f"bad_batch_step_{self.completed_steps + 1}.pt"
+        checkpoint.save_object(dict(batch), path)
+        return NonFiniteError(
+            f"{error} in step {self.completed_steps + 1}: the update was not applied and its batch is in {path}; lower "
+            f"the learning rate or look at the batch, then run again to go on from the last checkpoint."
+        )
 
     def configure_optimizers(self) -> StepCounter:
         return StepCounter()

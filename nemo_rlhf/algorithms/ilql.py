@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from nemo_rlhf.algorithms.base import Algorithm, Metrics, PhaseTimer
+from nemo_rlhf.algorithms.base import Metrics, PhaseTimer
 from nemo_rlhf.algorithms.evaluate import evaluate
-from nemo_rlhf.algorithms.roles import open_role, save_role
-from nemo_rlhf.config.architecture import Architecture
+from nemo_rlhf.algorithms.one_model import OneModel
+from nemo_rlhf.algorithms.roles import open_role
 from nemo_rlhf.config.sampling import sampling_sweep
 from nemo_rlhf.config.schema import ILQLConfig
 from nemo_rlhf.convert.locate import read_architecture
@@ -21,10 +21,8 @@ from nemo_rlhf.data.order import Stream
 from nemo_rlhf.generation.engine import Engine
 from nemo_rlhf.generation.sampling import SamplingParams
 from nemo_rlhf.losses.ilql import ilql_loss
-from nemo_rlhf.models.base import NonFiniteError
 from nemo_rlhf.models.ilql import ILQLModel
 from nemo_rlhf.ops.returns import discounted_returns
-from nemo_rlhf.parallel import checkpoint
 from nemo_rlhf.parallel.gpt import GPT
 from nemo_rlhf.parallel.schedule import Loss, Microbatch
 from nemo_rlhf.rollout.collect import make_requests
@@ -48,9 +46,7 @@ class ILQLInputs:
     metric_fn: Callable[..., dict[str, Any]] | None = None
 
 
-class ILQL(Algorithm):
-    model: ILQLModel
-
+class ILQL(OneModel[ILQLModel]):
     def __init__(self, config: ILQLConfig, inputs: ILQLInputs) -> None:
         has_validation = bool(inputs.validation_dialogues or inputs.validation_prompts)
         interval = config.trainer.val_check_interval if has_validation else 0
@@ -91,15 +87,8 @@ class ILQL(Algorithm):
         num_actions = int(mask.sum())
         microbatches = self.model.cut(tokens, mask, lengths, range(len(lengths)), fields)
         with timer("update"):
-            try:
-                sums, norm = self.model.learn(microbatches, self._loss(num_actions))
-            except NonFiniteError as error:
-                path = self.run_dir / f"bad_batch_step_{step + 1}.pt"
-                checkpoint.save_object({"tokens": tokens, "action_mask": mask, "lengths": lengths, **fields}, path)
-                raise NonFiniteError(
-                    f"{error} in step {step + 1}: the update was not applied and its batch is in {path}; lower the "
-                    f"learning rate or look at the batch, then run again to go on from the last checkpoint."
-                ) from None
+            batch = {"tokens": tokens, "action_mask": mask, "lengths": lengths, **fields}
+            sums, norm = self.learn(microbatches, self._loss(num_actions), batch)
             if (step + 1) % ilql.steps_for_target_q_sync == 0:
                 self.model.sync_targets(ilql.alpha)
         assert self.model.learner is not None
@@ -178,20 +167,3 @@ class ILQL(Algorithm):
                 totals[name] = totals.get(name, 0.0) + value
             num_actions += int(mask.sum())
         return {f"val/{name}": value for name, value in self._means(totals, num_actions).items()}
-
-    def architecture(self) -> Architecture:
-        return self.model.architecture
-
-    def loop_state(self) -> dict[str, Any]:
-        return {}
-
-    def load_loop_state(self, loaded: dict[str, Any]) -> None:
-        """There is nothing beside the step, which the targets' turn follows from."""
-
-    def save_models(self, directory: Path) -> None:
-        save_role(self.model, directory / "policy", self.tokenizer_dir)
-        self.model.save_training_state(directory / "training" / "policy")
-
-    def load_models(self, directory: Path) -> None:
-        checkpoint.load_model(self.model.gpt, directory / "policy")
-        self.model.load_training_state(directory / "training" / "policy")

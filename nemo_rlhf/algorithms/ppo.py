@@ -230,13 +230,8 @@ class PPO(Algorithm):
         try:
             return model.learn(microbatches, loss)
         except NonFiniteError as error:
-            path = self.run_dir / f"bad_batch_step_{self.completed_steps + 1}.pt"
             kept = {name: value[rows] for name, value in vars(experience).items()}
-            checkpoint.save_object({**kept, "role": model.role}, path)
-            raise NonFiniteError(
-                f"{error} in step {self.completed_steps + 1}: the update was not applied and its batch is in {path}; "
-                f"lower the learning rate or look at the batch, then run again to go on from the last checkpoint."
-            ) from None
+            raise self.not_finite(error, {**kept, "role": model.role}) from None
 
     def _policy_loss(self, tokens: int) -> Loss:
         ppo, temperature = self.config.ppo, self.sampling.temperature

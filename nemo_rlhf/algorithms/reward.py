@@ -10,18 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_rlhf.algorithms.base import Algorithm, Metrics, PhaseTimer
-from nemo_rlhf.algorithms.roles import open_role, save_role
-from nemo_rlhf.config.architecture import Architecture
+from nemo_rlhf.algorithms.base import Metrics, PhaseTimer
+from nemo_rlhf.algorithms.one_model import OneModel
+from nemo_rlhf.algorithms.roles import open_role
 from nemo_rlhf.config.schema import RewardModelConfig
 from nemo_rlhf.data.batches import pad_tokens
 from nemo_rlhf.data.order import Stream
 from nemo_rlhf.losses.reward import bradley_terry_loss
-from nemo_rlhf.models.base import NonFiniteError
 from nemo_rlhf.models.reward import RewardModel
 from nemo_rlhf.ops.masks import moments
 from nemo_rlhf.ops.stats import mean_and_std
-from nemo_rlhf.parallel import checkpoint
 from nemo_rlhf.parallel.gpt import GPT
 from nemo_rlhf.parallel.schedule import Loss, Microbatch
 from nemo_rlhf.types import Pair
@@ -30,8 +28,8 @@ _VALIDATION_PAIRS = 128  # that are padded together
 _BINS = 10  # of predicted probabilities, for the calibration error
 
 
-class RewardTraining(Algorithm):
-    model: RewardModel
+class RewardTraining(OneModel[RewardModel]):
+    place = "reward"
 
     def __init__(
         self,
@@ -61,15 +59,8 @@ class RewardTraining(Algorithm):
             tokens, mask, lengths, range(0, len(lengths), 2), {"margins": margins}, together=2
         )
         with timer("update"):
-            try:
-                sums, norm = self.model.learn(microbatches, self._loss(len(pairs)))
-            except NonFiniteError as error:
-                path = self.run_dir / f"bad_batch_step_{step + 1}.pt"
-                checkpoint.save_object({"tokens": tokens, "lengths": lengths, "margins": margins}, path)
-                raise NonFiniteError(
-                    f"{error} in step {step + 1}: the update was not applied and its batch is in {path}; lower the "
-                    f"learning rate or look at the batch, then run again to go on from the last checkpoint."
-                ) from None
+            batch = {"tokens": tokens, "lengths": lengths, "margins": margins}
+            sums, norm = self.learn(microbatches, self._loss(len(pairs)), batch)
         assert self.model.learner is not None
         means = {name: value / len(pairs) for name, value in sums.items()}
         variance = means.pop("score/square") - means["score/mean"] ** 2
@@ -135,23 +126,6 @@ class RewardTraining(Algorithm):
         tokens, mask, lengths, _ = self.batch(pairs)
         microbatches = self.model.cut(tokens, mask, lengths, range(len(lengths)))
         return self.model.scores(microbatches, tokens)[mask]
-
-    def architecture(self) -> Architecture:
-        return self.model.architecture
-
-    def loop_state(self) -> dict[str, Any]:
-        return {}
-
-    def load_loop_state(self, loaded: dict[str, Any]) -> None:
-        """There is nothing beside the step."""
-
-    def save_models(self, directory: Path) -> None:
-        save_role(self.model, directory / "reward", self.tokenizer_dir)
-        self.model.save_training_state(directory / "training" / "reward")
-
-    def load_models(self, directory: Path) -> None:
-        checkpoint.load_model(self.model.gpt, directory / "reward")
-        self.model.load_training_state(directory / "training" / "reward")
 
 
 def calibration_error(preferred: Tensor) -> float:

@@ -15,20 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemo_rlhf.algorithms.base import Algorithm, Metrics, PhaseTimer
+from nemo_rlhf.algorithms.base import Metrics, PhaseTimer
 from nemo_rlhf.algorithms.evaluate import evaluate, sample_and_score, write_samples
-from nemo_rlhf.algorithms.roles import open_role, save_role
+from nemo_rlhf.algorithms.one_model import OneModel
+from nemo_rlhf.algorithms.roles import open_role
 from nemo_rlhf.algorithms.sft import token_loss
-from nemo_rlhf.config.architecture import Architecture
 from nemo_rlhf.config.sampling import sampling_sweep
 from nemo_rlhf.config.schema import RFTAlgorithmConfig, RFTConfig
 from nemo_rlhf.data.batches import pad_samples
 from nemo_rlhf.data.order import WORD, Stream
 from nemo_rlhf.generation.engine import Engine
 from nemo_rlhf.generation.sampling import SamplingParams
-from nemo_rlhf.models.base import NonFiniteError
 from nemo_rlhf.models.policy import PolicyModel
-from nemo_rlhf.parallel import checkpoint
 from nemo_rlhf.rollout.collect import make_requests
 from nemo_rlhf.rollout.score import RewardFunction
 from nemo_rlhf.types import Prompt, Sample, Scored
@@ -74,9 +72,7 @@ def best_rows(samples: Sequence[Sample], totals: Tensor, samples_per_prompt: int
     return list(distinct.values())
 
 
-class RFT(Algorithm):
-    policy: PolicyModel
-
+class RFT(OneModel[PolicyModel]):
     def __init__(self, config: RFTConfig, inputs: RFTInputs) -> None:
         interval = config.trainer.val_check_interval if inputs.validation_prompts else 0
         run_dir = Path(config.exp_manager.explicit_log_dir)
@@ -88,15 +84,15 @@ class RFT(Algorithm):
 
     def configure_model(self) -> None:
         config, model, rft = self.config, self.config.model, self.config.rft
-        self.policy = open_role(PolicyModel, model, model.restore_from, config.trainer.precision, config.seed)
+        self.model = open_role(PolicyModel, model, model.restore_from, config.trainer.precision, config.seed)
         # how many samples are kept is not known beforehand: schedules count as if all were
         self.updates_per_pass = -(-rft.num_prompts * rft.samples_per_prompt // model.global_batch_size)
-        self.policy.make_trainable(model.optim, self.max_steps * rft.improve_steps * self.updates_per_pass)
+        self.model.make_trainable(model.optim, self.max_steps * rft.improve_steps * self.updates_per_pass)
         self.engine = Engine(
-            self.policy.gpt,
+            self.model.gpt,
             self.tokenizer,
             num_slots=config.generation.num_slots,
-            max_sequence_length=self.policy.architecture.max_position_embeddings,
+            max_sequence_length=self.model.architecture.max_position_embeddings,
         )
         self.engine.check(make_requests(self.inputs.prompts, 1, 0), self.sampling)
         for _, values in self.validations:
@@ -128,8 +124,8 @@ class RFT(Algorithm):
         """The passes: each learns from the samples that its percentile leaves, in batches of like size."""
         rft, samples, totals = self.config.rft, scored.rollout.samples, _totals(scored)
         tokens, mask, lengths = pad_samples(samples, self.tokenizer.pad_token_id)
-        assert self.policy.learner is not None
-        scheduler = self.policy.learner.scheduler
+        assert self.model.learner is not None
+        scheduler = self.model.learner.scheduler
         loss = norms = 0.0
         num_learned = num_updates = trained_tokens = 0
         kept = []
@@ -147,7 +143,7 @@ class RFT(Algorithm):
         return {
             "loss": loss / max(1, num_learned),
             "grad_norm": norms / max(1, num_updates),
-            "lr": self.policy.learner.last_lr,
+            "lr": self.model.learner.last_lr,
             "rft/kept_first": kept[0],
             "rft/kept_last": kept[-1],
             "rft/updates": num_updates,
@@ -162,19 +158,10 @@ class RFT(Algorithm):
         return [part.tolist() for part in np.array_split(shuffled, parts)] if parts else []
 
     def _learn(self, whole: tuple[Tensor, Tensor, Tensor], rows: list[int], num_tokens: int) -> tuple[float, float]:
-        try:
-            sums, norm = self.policy.learn(self.policy.cut(*whole, rows), token_loss(num_tokens))
-        except NonFiniteError as error:
-            path = self.run_dir / f"bad_batch_step_{self.completed_steps + 1}.pt"
-            names = ("tokens", "response_mask", "lengths")
-            checkpoint.save_object({name: part[rows] for name, part in zip(names, whole, strict=True)}, path)
-            raise NonFiniteError(
-                f"{error} in step {self.completed_steps + 1}: the update was not applied and its batch is in {path}; "
-                f"lower the learning rate or look at the batch, then run again to go on from the last checkpoint."
-            ) from None
+        names = ("tokens", "response_mask", "lengths")
+        batch = {name: part[rows] for name, part in zip(names, whole, strict=True)}
+        sums, norm = self.learn(self.model.cut(*whole, rows), token_loss(num_tokens), batch)
         return sums["loss"], norm
-
-    # ---- what Algorithm asks for
 
     def validate(self) -> Metrics:
         return evaluate(
@@ -186,23 +173,6 @@ class RFT(Algorithm):
             self.tokenizer,
             mode=self.config.exp_manager.checkpoint_callback_params.mode,
         )
-
-    def architecture(self) -> Architecture:
-        return self.policy.architecture
-
-    def loop_state(self) -> dict[str, Any]:
-        return {}
-
-    def load_loop_state(self, loaded: dict[str, Any]) -> None:
-        """There is nothing beside the step: a round keeps no samples for the next."""
-
-    def save_models(self, directory: Path) -> None:
-        save_role(self.policy, directory / "policy", self.tokenizer_dir)
-        self.policy.save_training_state(directory / "training" / "policy")
-
-    def load_models(self, directory: Path) -> None:
-        checkpoint.load_model(self.policy.gpt, directory / "policy")
-        self.policy.load_training_state(directory / "training" / "policy")
 
 
 def _totals(scored: Scored) -> Tensor:

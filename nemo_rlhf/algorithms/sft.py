@@ -10,16 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_rlhf.algorithms.base import Algorithm, Metrics, PhaseTimer
-from nemo_rlhf.algorithms.roles import open_role, save_role
-from nemo_rlhf.config.architecture import Architecture
+from nemo_rlhf.algorithms.base import Metrics, PhaseTimer
+from nemo_rlhf.algorithms.one_model import OneModel
+from nemo_rlhf.algorithms.roles import open_role
 from nemo_rlhf.config.schema import SFTConfig
 from nemo_rlhf.data.batches import pad_texts
 from nemo_rlhf.data.order import Stream
 from nemo_rlhf.losses.sft import sft_loss
-from nemo_rlhf.models.base import NonFiniteError
 from nemo_rlhf.models.policy import PolicyModel
-from nemo_rlhf.parallel import checkpoint
 from nemo_rlhf.parallel.gpt import GPT
 from nemo_rlhf.parallel.schedule import Loss, Microbatch
 from nemo_rlhf.types import Text
@@ -37,9 +35,7 @@ def token_loss(normalizer: int) -> Loss:
     return loss
 
 
-class SFT(Algorithm):
-    policy: PolicyModel
-
+class SFT(OneModel[PolicyModel]):
     def __init__(
         self,
         config: SFTConfig,
@@ -57,8 +53,8 @@ class SFT(Algorithm):
 
     def configure_model(self) -> None:
         model = self.config.model
-        self.policy = open_role(PolicyModel, model, model.restore_from, self.config.trainer.precision, self.config.seed)
-        self.policy.make_trainable(model.optim, self.max_steps)
+        self.model = open_role(PolicyModel, model, model.restore_from, self.config.trainer.precision, self.config.seed)
+        self.model.make_trainable(model.optim, self.max_steps)
 
     def run_step(self, step: int) -> Metrics:
         timer = PhaseTimer()
@@ -66,22 +62,15 @@ class SFT(Algorithm):
         num_learned = int(mask.sum())
         microbatches = self._microbatches(tokens, mask, lengths)
         with timer("update"):
-            try:
-                sums, norm = self.policy.learn(microbatches, token_loss(num_learned))
-            except NonFiniteError as error:
-                path = self.run_dir / f"bad_batch_step_{step + 1}.pt"
-                checkpoint.save_object({"tokens": tokens, "loss_mask": mask, "lengths": lengths}, path)
-                raise NonFiniteError(
-                    f"{error} in step {step + 1}: the update was not applied and its batch is in {path}; lower the "
-                    f"learning rate or look at the batch, then run again to go on from the last checkpoint."
-                ) from None
-        assert self.policy.learner is not None
+            batch = {"tokens": tokens, "loss_mask": mask, "lengths": lengths}
+            sums, norm = self.learn(microbatches, token_loss(num_learned), batch)
+        assert self.model.learner is not None
         loss = sums["loss"] / num_learned
         return {
             "loss": loss,
             "perplexity": math.exp(min(loss, 50.0)),
             "grad_norm": norm,
-            "lr": self.policy.learner.last_lr,
+            "lr": self.model.learner.last_lr,
             **timer.metrics,
             "perf/trained_tokens_per_s": int(lengths.sum()) / timer.metrics["time/update_s"],
         }
@@ -92,7 +81,7 @@ class SFT(Algorithm):
         for start in range(0, len(self.validation_texts), _VALIDATION_ROWS):
             tokens, mask, lengths = self._batch(self.validation_texts[start : start + _VALIDATION_ROWS])
             microbatches = self._microbatches(tokens, mask, lengths)
-            logprobs, _ = self.policy.logprobs(microbatches, 1.0, tokens)
+            logprobs, _ = self.model.logprobs(microbatches, 1.0, tokens)
             total -= float(logprobs[mask].double().sum())
             learned += int(mask.sum())
         return {"val/loss": total / learned, "val/perplexity": math.exp(min(total / learned, 50.0))}
@@ -103,23 +92,6 @@ class SFT(Algorithm):
     def _microbatches(self, tokens: Tensor, mask: Tensor, lengths: Tensor) -> list[Microbatch]:
         rows, data = range(len(lengths)), self.config.data
         if not data.packing:
-            return self.policy.cut(tokens, mask, lengths, rows)
+            return self.model.cut(tokens, mask, lengths, rows)
         max_tokens = data.max_sequence_length * self.config.model.micro_batch_size
-        return self.policy.pack(tokens, mask, lengths, rows, max_tokens)
-
-    def architecture(self) -> Architecture:
-        return self.policy.architecture
-
-    def loop_state(self) -> dict[str, Any]:
-        return {}
-
-    def load_loop_state(self, loaded: dict[str, Any]) -> None:
-        """There is nothing beside the step."""
-
-    def save_models(self, directory: Path) -> None:
-        save_role(self.policy, directory / "policy", self.tokenizer_dir)
-        self.policy.save_training_state(directory / "training" / "policy")
-
-    def load_models(self, directory: Path) -> None:
-        checkpoint.load_model(self.policy.gpt, directory / "policy")
-        self.policy.load_training_state(directory / "training" / "policy")
+        return self.model.pack(tokens, mask, lengths, rows, max_tokens)

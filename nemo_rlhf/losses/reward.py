@@ -1,4 +1,4 @@
-"""The losses of a reward model: of pairs that people compared, and of single scores."""
+"""The loss of a reward model: of pairs that people compared."""
 
 from __future__ import annotations
 
@@ -30,17 +30,5 @@ def bradley_terry_loss(
         "score/mean": (chosen + rejected) / 2,
         "score/square": (chosen.square() + rejected.square()) / 2,
     }
-    return losses.sum() / normalizer, _totals(metrics)
-
-
-def regression_loss(scores: Tensor, targets: Tensor, *, normalizer: float | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Half the squared error of ``scores`` [samples] summed, divided by ``normalizer``; metrics as above, with
-    "error/mean" (absolute)."""
-    errors = scores - targets
-    losses = 0.5 * errors.square()
-    metrics = {"loss": losses, "error/mean": errors.abs(), "score/mean": scores, "score/square": scores.square()}
-    return losses.sum() / normalizer, _totals(metrics)
-
-
-def _totals(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().sum(dtype=torch.float64) for name, value in metrics.items()}
+    totals = {name: value.detach().sum(dtype=torch.float64) for name, value in metrics.items()}
+    return losses.sum() / normalizer, totals

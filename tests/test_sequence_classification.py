@@ -151,7 +151,7 @@ def worker(payload: dict[str, Path]) -> list[torch.Tensor | None]:
 
 def test_tensor_parallel_values_and_export(directories: dict[str, Path], tmp_path: Path) -> None:
     jobs = {kind: (directories[f"{kind}/torch.float32"], tmp_path / kind) for kind in KINDS}
-    for rank in run_distributed("tests.test_classifiers:worker", 2, jobs):
+    for rank in run_distributed("tests.test_sequence_classification:worker", 2, jobs):
         for (origin, _), values in zip(jobs.values(), rank, strict=True):
             torch.testing.assert_close(values, scores(origin), atol=1e-4, rtol=0)
     for kind, (origin, target) in jobs.items():
