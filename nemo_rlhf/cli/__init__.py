@@ -133,8 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(options)
     except (ValueError, OSError, RuntimeError) as error:
         if _raised_by_us(error):
-            if not getattr(error, "cause_is_elsewhere", False):
-                _tell(str(error))
+            _tell(str(error))
         elif (file := _full_disk(error)) is not None:
             _tell(f"no space left to write {file}: free some, and run again to go on from the last checkpoint.")
         else:

@@ -13,6 +13,7 @@ import queue
 import shutil
 from collections.abc import Callable, Collection
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +62,7 @@ _SHAPING = [
 
 
 class SaveError(OSError):
-    """A checkpoint could not be written; what was there before is untouched. ``cause_is_elsewhere``: another rank
-    knows why."""
-
-    cause_is_elsewhere = False
-
-
-class _ElsewhereError(OSError):
-    """Another rank failed."""
+    """A checkpoint could not be written; what was there before is untouched. Every rank raises it in the same words."""
 
 
 _turns = itertools.count()  # of _together, the same on every rank
@@ -168,21 +162,16 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
     try:
         on_rank_zero(begin)
-        _together(lambda: write(partial))
+        _together(lambda: write(partial), path.parent)
         _write_manifest(partial)
         on_rank_zero(finish)
     except _FAILURES as error:
-        free = shutil.disk_usage(path.parent).free / 2**20 if path.parent.is_dir() else 0.0
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
-        failure = SaveError(
-            f"the checkpoint {path} could not be written ({_reason(error)}; {free:.0f} MiB were free): free space or "
-            f"name another directory; earlier checkpoints are untouched."
-        )
-        failure.cause_is_elsewhere = isinstance(error, _ElsewhereError) or (
-            isinstance(error, CheckpointException) and not error.failures
-        )
-        raise failure from error
+        raise SaveError(
+            f"the checkpoint {path} could not be written ({_reason(error)}): free space or name another directory; "
+            f"earlier checkpoints are untouched."
+        ) from error
 
 
 def _reason(error: BaseException) -> str:
@@ -191,11 +180,12 @@ def _reason(error: BaseException) -> str:
         rank = min(error.failures)
         error = error.failures[rank][0]
         return f"rank {rank}: {' '.join(str(error).split())[:300]}"
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return " ".join(str(error).split())[:400] or type(error).__name__
 
 
-def _together(action: Callable[[], None]) -> None:
-    """Run ``action`` on every rank; when it fails on any of them all raise, and none waits for another.
+def _together(action: Callable[[], None], place: Path) -> None:
+    """Run ``action`` on every rank; when it fails on any of them all raise an OSError in the same words, and none waits
+    for another. ``place``: whose free space is told.
 
     They tell each other through the store: a rank that failed in the midst of what ``action`` does with collectives
     must not enter another. Ranks that still wait for it inside ``action`` are freed when its process ends.
@@ -205,14 +195,18 @@ def _together(action: Callable[[], None]) -> None:
     try:
         action()
     except _FAILURES as error:
-        if store.check([verdict]):  # what was seen here is what came of it
-            raise _ElsewhereError(store.get(verdict).decode()) from error
-        store.set(verdict, f"rank {dist.get_rank()}: {_reason(error)}")
-        raise
+        if isinstance(error, CheckpointException) and not error.failures:
+            with suppress(RuntimeError):  # another rank knows why, and will say so
+                store.wait([verdict], timedelta(seconds=10))
+        free = shutil.disk_usage(place).free / 2**20
+        mine = f"rank {dist.get_rank()}: {_reason(error)}; {free:.0f} MiB were free"
+        with suppress(RuntimeError):  # the store ends with rank 0, which has had its say
+            mine = store.compare_set(verdict, "", mine).decode()  # the first one's words
+        raise OSError(mine) from error
     if store.add(f"{verdict}/done", 1) == dist.get_world_size():
         store.set(verdict, "")
     if reason := store.get(verdict).decode():
-        raise _ElsewhereError(reason)
+        raise OSError(reason)
 
 
 def on_rank_zero(action: Callable[[], None]) -> None:
@@ -246,7 +240,7 @@ def _write_manifest(directory: Path) -> None:
         for name in names[dist.get_rank() :: dist.get_world_size()]:
             manifest.fsync(directory / name)
 
-    _together(sync)
+    _together(sync, directory)
     files = _describe(directory, names)
 
     def write() -> None:

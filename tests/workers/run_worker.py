@@ -157,7 +157,7 @@ def fail_alone(directory: str) -> str:
         try:
             checkpoint.write_atomically(Path(directory) / "checkpoint", write)
         except checkpoint.SaveError as error:
-            return f"{error.cause_is_elsewhere} {error}"
+            return str(error)
     return "saved"
 
 
