@@ -14,7 +14,7 @@ from nemo_rlhf.algorithms.evaluate import evaluate
 from nemo_rlhf.algorithms.one_model import OneModel
 from nemo_rlhf.algorithms.roles import open_role
 from nemo_rlhf.config.sampling import sampling_sweep
-from nemo_rlhf.config.schema import ILQLConfig
+from nemo_rlhf.config.schema import ILQLAlgorithmConfig, ILQLConfig
 from nemo_rlhf.convert.locate import read_architecture
 from nemo_rlhf.data.batches import pad_dialogues
 from nemo_rlhf.data.order import Stream
@@ -44,6 +44,31 @@ class ILQLInputs:
     validation_prompts: Sequence[Prompt] = ()
     reward_fn: RewardFunction | None = None
     metric_fn: Callable[..., dict[str, Any]] | None = None
+
+
+def action_loss(config: ILQLAlgorithmConfig, normalizer: int) -> Loss:
+    """The loss of a microbatch's actions; ``normalizer`` as of ``ilql_loss``."""
+
+    def loss(gpt: GPT, hidden: Tensor, batch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
+        scores = gpt.ilql_scores(hidden, batch.tokens, batch.selected, detach=config.detach_heads)
+        return ilql_loss(
+            scores.q_taken,
+            scores.q_logsumexp,
+            scores.target_q_taken,
+            scores.values,
+            scores.logprobs,
+            batch.fields["rewards"],
+            batch.fields["is_last"],
+            tau=config.tau,
+            gamma=config.gamma,
+            beta=config.beta,
+            cql_scale=config.cql_scale,
+            awac_scale=config.awac_scale,
+            normalizer=normalizer,
+            returns=batch.fields.get("returns"),
+        )
+
+    return loss
 
 
 class ILQL(OneModel[ILQLModel]):
@@ -88,7 +113,7 @@ class ILQL(OneModel[ILQLModel]):
         microbatches = self.model.cut(tokens, mask, lengths, range(len(lengths)), fields)
         with timer("update"):
             batch = {"tokens": tokens, "action_mask": mask, "lengths": lengths, **fields}
-            sums, norm = self.learn(microbatches, self._loss(num_actions), batch)
+            sums, norm = self.learn(microbatches, action_loss(ilql, num_actions), batch)
             if (step + 1) % ilql.steps_for_target_q_sync == 0:
                 self.model.sync_targets(ilql.alpha)
         assert self.model.learner is not None
@@ -115,30 +140,6 @@ class ILQL(OneModel[ILQLModel]):
         scaled = ilql.cql_scale * means["loss/cql"] + ilql.awac_scale * means["loss/awac"]
         return {"loss": means["loss/q"] + means["loss/v"] + scaled, **means}
 
-    def _loss(self, normalizer: int) -> Loss:
-        ilql = self.config.ilql
-
-        def loss(gpt: GPT, hidden: Tensor, batch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
-            scores = gpt.ilql_scores(hidden, batch.tokens, batch.selected, detach=ilql.detach_heads)
-            return ilql_loss(
-                scores.q_taken,
-                scores.q_logsumexp,
-                scores.target_q_taken,
-                scores.values,
-                scores.logprobs,
-                batch.fields["rewards"],
-                batch.fields["is_last"],
-                tau=ilql.tau,
-                gamma=ilql.gamma,
-                beta=ilql.beta,
-                cql_scale=ilql.cql_scale,
-                awac_scale=ilql.awac_scale,
-                normalizer=normalizer,
-                returns=batch.fields.get("returns"),
-            )
-
-        return loss
-
     def validate(self) -> Metrics:
         """``val/loss`` and its parts on validation dialogues; of samples what ``evaluate`` gives."""
         metrics: Metrics = {}
@@ -163,7 +164,7 @@ class ILQL(OneModel[ILQLModel]):
         for start in range(0, len(dialogues), _VALIDATION_ROWS):
             tokens, mask, lengths, fields = self.batch(dialogues[start : start + _VALIDATION_ROWS])
             microbatches = self.model.cut(tokens, mask, lengths, range(len(lengths)), fields)
-            for name, value in self.model.sums(microbatches, self._loss(1)).items():
+            for name, value in self.model.sums(microbatches, action_loss(self.config.ilql, 1)).items():
                 totals[name] = totals.get(name, 0.0) + value
             num_actions += int(mask.sum())
         return {f"val/{name}": value for name, value in self._means(totals, num_actions).items()}

@@ -28,6 +28,16 @@ _VALIDATION_PAIRS = 128  # that are padded together
 _BINS = 10  # of predicted probabilities, for the calibration error
 
 
+def pair_loss(normalizer: int) -> Loss:
+    """The loss of a microbatch's pairs; ``normalizer`` as of ``bradley_terry_loss``."""
+
+    def loss(gpt: GPT, hidden: Tensor, batch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
+        chosen, rejected = gpt.scores(hidden, batch.tokens, batch.selected).view(-1, 2).unbind(1)
+        return bradley_terry_loss(chosen, rejected, batch.fields["margins"][::2], normalizer=normalizer)
+
+    return loss
+
+
 class RewardTraining(OneModel[RewardModel]):
     place = "reward"
 
@@ -60,7 +70,7 @@ class RewardTraining(OneModel[RewardModel]):
         )
         with timer("update"):
             batch = {"tokens": tokens, "lengths": lengths, "margins": margins}
-            sums, norm = self.learn(microbatches, self._loss(len(pairs)), batch)
+            sums, norm = self.learn(microbatches, pair_loss(len(pairs)), batch)
         assert self.model.learner is not None
         means = {name: value / len(pairs) for name, value in sums.items()}
         variance = means.pop("score/square") - means["score/mean"] ** 2
@@ -82,13 +92,6 @@ class RewardTraining(OneModel[RewardModel]):
         mask[torch.arange(len(rows)), lengths - 1] = True
         margins = torch.tensor([pair.margin for pair in pairs]).repeat_interleave(2)[:, None].expand(tokens.shape)
         return tokens, mask, lengths, margins
-
-    def _loss(self, normalizer: int) -> Loss:
-        def loss(gpt: GPT, hidden: Tensor, batch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
-            chosen, rejected = gpt.scores(hidden, batch.tokens, batch.selected).view(-1, 2).unbind(1)
-            return bradley_terry_loss(chosen, rejected, batch.fields["margins"][::2], normalizer=normalizer)
-
-        return loss
 
     def validate(self) -> Metrics:
         """Loss, accuracy, margin and calibration on held-out pairs, and mean and deviation of their texts' scores.

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nemo_rlhf.algorithms.ilql import action_loss
 from nemo_rlhf.algorithms.roles import open_role
 from nemo_rlhf.config.schema import ILQLAlgorithmConfig
 from nemo_rlhf.generation.engine import Engine
 from nemo_rlhf.generation.sampling import SamplingParams
-from nemo_rlhf.losses.ilql import ilql_loss
 from nemo_rlhf.models.ilql import ILQLModel
 from nemo_rlhf.parallel import checkpoint, state
-from nemo_rlhf.parallel.gpt import GPT
-from nemo_rlhf.parallel.schedule import Loss, Microbatch
+from nemo_rlhf.parallel.schedule import Loss
 from nemo_rlhf.types import Prompt, Request
-from tests.workers.parallel_worker import OPTIM, SEED, TOTAL_STEPS, VOCAB, Cut, config_of, make_batch, whole_name
+from tests.workers.parallel_worker import OPTIM, SEED, TOTAL_STEPS, Cut, config_of, make_batch, whole_name
 
 ILQL = ILQLAlgorithmConfig(tau=0.8, gamma=0.95, beta=0.5, alpha=0.3, cql_scale=0.2, awac_scale=0.7)
 SYNC_EVERY, STEPS, WIDTH = 2, 4, 40
@@ -32,25 +32,7 @@ def batch_fields(mask: Tensor) -> dict[str, Tensor]:
 
 
 def loss_of(normalizer: int, detach: bool) -> Loss:
-    def loss(gpt: GPT, hidden: Tensor, batch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
-        scores = gpt.ilql_scores(hidden, batch.tokens, batch.selected, detach)
-        return ilql_loss(
-            scores.q_taken,
-            scores.q_logsumexp,
-            scores.target_q_taken,
-            scores.values,
-            scores.logprobs,
-            batch.fields["rewards"],
-            batch.fields["is_last"],
-            tau=ILQL.tau,
-            gamma=ILQL.gamma,
-            beta=ILQL.beta,
-            cql_scale=ILQL.cql_scale,
-            awac_scale=ILQL.awac_scale,
-            normalizer=normalizer,
-        )
-
-    return loss
+    return action_loss(replace(ILQL, detach_heads=detach), normalizer)
 
 
 def open_model(cut: Cut, source: Path, micro_batch: int = 2, num_q: int = 2, precision: str = "32") -> ILQLModel:
@@ -162,6 +144,3 @@ def run(payload: dict[str, Any]) -> dict[str, Any]:
         except Exception as error:
             raise AssertionError(f"job {name} failed") from error
     return results
-
-
-__all__ = ["VOCAB", "run"]

@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_rlhf.algorithms.reward import pair_loss
 from nemo_rlhf.algorithms.roles import open_role
-from nemo_rlhf.losses.reward import bradley_terry_loss
 from nemo_rlhf.models.reward import RewardModel
 from nemo_rlhf.parallel import checkpoint, state
-from nemo_rlhf.parallel.gpt import GPT
-from nemo_rlhf.parallel.schedule import Microbatch
 from tests.workers.parallel_worker import OPTIM, SEED, TOTAL_STEPS, VOCAB, Cut, config_of
 
 
@@ -29,11 +27,6 @@ def make_pairs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return tokens, mask, lengths, margins
 
 
-def loss(gpt: GPT, hidden: Tensor, batch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
-    chosen, rejected = gpt.scores(hidden, batch.tokens, batch.selected).view(-1, 2).unbind(1)
-    return bradley_terry_loss(chosen, rejected, batch.fields["margins"][::2], normalizer=5)
-
-
 def train(cut: Cut, directory: Path, target: Path, micro_batch: int = 2) -> dict[str, Any]:
     """Three steps; scores before and after them; the trained model is left in ``target``."""
     config = config_of(cut, directory, micro_batch=micro_batch)
@@ -47,7 +40,7 @@ def train(cut: Cut, directory: Path, target: Path, micro_batch: int = 2) -> dict
     before, logged = scores(), []
     for _ in range(3):
         microbatches = model.cut(tokens, mask, lengths, range(0, 10, 2), {"margins": margins}, together=2)
-        sums, norm = model.learn(microbatches, loss)
+        sums, norm = model.learn(microbatches, pair_loss(5))
         logged.append({**sums, "norm": norm})
     checkpoint.on_rank_zero(lambda: target.mkdir(parents=True))
     checkpoint.save_model(model.gpt, target)
