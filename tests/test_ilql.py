@@ -26,6 +26,7 @@ CUTS = {
     4: {"TP2xPP2": Cut(2, 2)},
 }
 TIED = ("tied", "untied")
+KINDS = (*TIED, "apart")  # the last: untied, V and Q on a trunk of their own
 
 
 @pytest.fixture(scope="module")
@@ -33,16 +34,20 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("ilql")
 
 
-def train_job(cut: Cut, directory: Path, shelf: Path, name: str, micro_batch: int = 2) -> Any:
-    arguments = {"directory": directory, "shelf": shelf, "name": name.replace("/", "-"), "micro_batch": micro_batch}
-    return cut, "train", arguments
+def train_job(cut: Cut, llamas: dict[str, Path], kind: str, shelf: Path, name: str, micro_batch: int = 2) -> Any:  # noqa: F811
+    arguments = {"directory": model_of(llamas, kind), "shelf": shelf, "name": name.replace("/", "-")}
+    return cut, "train", arguments | {"micro_batch": micro_batch, "value_trunk": kind == "apart"}
+
+
+def model_of(llamas: dict[str, Path], kind: str) -> Path:  # noqa: F811
+    return llamas["tied" if kind == "tied" else "untied"]
 
 
 @pytest.fixture(scope="module")
 def one(llamas: dict[str, Path], shelf: Path) -> dict[str, Any]:  # noqa: F811
     state.set_environment_for_one_process()
-    jobs = {f"TP1/{tied}": train_job(ONE, llamas[tied], shelf, f"TP1/{tied}") for tied in TIED}
-    jobs |= {f"mb{size}": train_job(ONE, llamas["untied"], shelf, f"mb{size}", size) for size in (1, 4)}
+    jobs = {f"TP1/{kind}": train_job(ONE, llamas, kind, shelf, f"TP1/{kind}") for kind in KINDS}
+    jobs |= {f"mb{size}": train_job(ONE, llamas, "untied", shelf, f"mb{size}", size) for size in (1, 4)}
     jobs["detach"] = (ONE, "detach", {"directory": llamas["untied"]})
     return worker.run(jobs)
 
@@ -50,10 +55,13 @@ def one(llamas: dict[str, Path], shelf: Path) -> dict[str, Any]:  # noqa: F811
 @pytest.fixture(scope="module")
 def two(llamas: dict[str, Path], shelf: Path, one: dict[str, Any]) -> list[dict[str, Any]]:  # noqa: F811
     jobs = {
-        f"{label}/{tied}": train_job(cut, llamas[tied], shelf, f"{label}/{tied}")
+        f"{label}/{kind}": train_job(cut, llamas, kind, shelf, f"{label}/{kind}")
         for label, cut in CUTS[2].items()
-        for tied in TIED
+        for kind in KINDS
     }
+    apart = {"directory": llamas["untied"], "num_layers_unfrozen": 0, "value_trunk": True}
+    jobs["freeze/PP2/apart/0"] = (CUTS[2]["PP2"], "freeze", apart)
+    jobs["TP1->PP2"] = (CUTS[2]["PP2"], "resume", {"directory": None, "shelf": shelf, "name": "TP1-apart"})
     jobs["TP1->TP2"] = (CUTS[2]["TP2"], "resume", {"directory": None, "shelf": shelf, "name": "TP1-untied"})
     jobs["TP2->PP2"] = (CUTS[2]["PP2"], "resume", {"directory": None, "shelf": shelf, "name": "TP2-untied"})
     for label in ("TP2+SP", "PP2"):
@@ -67,9 +75,9 @@ def two(llamas: dict[str, Path], shelf: Path, one: dict[str, Any]) -> list[dict[
 @pytest.fixture(scope="module")
 def four(llamas: dict[str, Path], shelf: Path) -> list[dict[str, Any]]:  # noqa: F811
     jobs = {
-        f"{label}/{tied}": train_job(cut, llamas[tied], shelf, f"{label}/{tied}")
+        f"{label}/{kind}": train_job(cut, llamas, kind, shelf, f"{label}/{kind}")
         for label, cut in CUTS[4].items()
-        for tied in TIED
+        for kind in KINDS
     }
     return run_distributed("tests.workers.ilql_worker:run", 4, jobs)
 
@@ -80,10 +88,11 @@ def four(llamas: dict[str, Path], shelf: Path) -> list[dict[str, Any]]:  # noqa:
 class Reference:
     """transformers' Llama with heads in plain torch, and the paper's sums, a dialogue at a time."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, apart: bool) -> None:
         from transformers import LlamaForCausalLM
 
         self.model = LlamaForCausalLM.from_pretrained(directory)
+        self.value_trunk = LlamaForCausalLM.from_pretrained(directory).model if apart else self.model.model
         hidden, width = self.model.config.hidden_size, worker.WIDTH
         zeros = torch.zeros
 
@@ -101,6 +110,7 @@ class Reference:
         self.trained = [self.v[name] for name in self.v] + [q[n] for q in self.q for n in ("fc", "bias", "out")]
         for tensor in self.trained:
             tensor.requires_grad_()
+        self.trained += list(self.value_trunk.parameters()) if apart else []
 
     @staticmethod
     def apply(head: dict[str, Tensor], states: Tensor) -> Tensor:
@@ -113,7 +123,8 @@ class Reference:
         sums = dict.fromkeys(("loss/q", "loss/v", "loss/cql", "loss/awac"), 0.0)
         for row, length in enumerate(batch.lengths.tolist()):
             tokens = batch.tokens[row, :length]
-            states = self.model.model(tokens[None]).last_hidden_state[0]
+            states = self.value_trunk(tokens[None]).last_hidden_state[0]
+            policy_states = self.model.model(tokens[None]).last_hidden_state[0]
             places = [t for t in range(length) if batch.mask[row, t]]
             for i, t in enumerate(places):
                 state_, action = states[t - 1], int(tokens[t])
@@ -123,7 +134,7 @@ class Reference:
                 following = float(self.apply(self.v, states[places[i + 1] - 1])[0]) if i + 1 < len(places) else 0.0
                 target = float(rewards[row, t]) + ilql.gamma * following
                 weight = ilql.tau if q_hat >= float(v) else 1 - ilql.tau
-                logprob = torch.log_softmax(self.model.lm_head(state_), -1)[action]
+                logprob = torch.log_softmax(self.model.lm_head(policy_states[t - 1]), -1)[action]
                 parts = {
                     "loss/q": sum((head[action] - target) ** 2 for head in q),
                     "loss/v": weight * (q_hat - v) ** 2,
@@ -167,17 +178,18 @@ class Reference:
         """Greedy decoding by log-probability plus advantage, the whole sequence anew for every token."""
         ids = list(prompt)
         for _ in range(num_tokens):
-            state_ = self.model.model(torch.tensor([ids])).last_hidden_state[0, -1]
+            state_ = self.value_trunk(torch.tensor([ids])).last_hidden_state[0, -1]
+            policy_state = self.model.model(torch.tensor([ids])).last_hidden_state[0, -1]
             q = torch.minimum(*(self.apply(head, state_) for head in self.target_q))
             advantages = (q - self.apply(self.v, state_)).clamp(-clip, clip)
-            scores = torch.log_softmax(self.model.lm_head(state_), -1) + worker.BETA * advantages
+            scores = torch.log_softmax(self.model.lm_head(policy_state), -1) + worker.BETA * advantages
             ids.append(int(scores.argmax()))
         return tuple(ids[len(prompt) :])
 
 
-@pytest.mark.parametrize("tied", TIED)
-def test_learns_and_generates_what_the_reference_does(one: dict[str, Any], llamas: dict[str, Path], tied: str) -> None:  # noqa: F811
-    reference, result = Reference(llamas[tied]), one[f"TP1/{tied}"]
+@pytest.mark.parametrize("kind", KINDS)
+def test_learns_and_generates_what_the_reference_does(one: dict[str, Any], llamas: dict[str, Path], kind: str) -> None:  # noqa: F811
+    reference, result = Reference(model_of(llamas, kind), kind == "apart"), one[f"TP1/{kind}"]
     expected = reference.train()
     for ours, theirs in zip(result["steps"], expected, strict=True):
         for name, value in theirs.items():
@@ -191,14 +203,14 @@ def test_learns_and_generates_what_the_reference_does(one: dict[str, Any], llama
 # ---- cuts, interruption
 
 
-@pytest.mark.parametrize("tied", TIED)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("world", "label"), [(world, label) for world, cuts in CUTS.items() for label in cuts])
 def test_every_cut_learns_and_samples_the_same(
-    request: pytest.FixtureRequest, one: dict[str, Any], world: int, label: str, tied: str
+    request: pytest.FixtureRequest, one: dict[str, Any], world: int, label: str, kind: str
 ) -> None:
-    expected = one[f"TP1/{tied}"]
+    expected = one[f"TP1/{kind}"]
     for rank in request.getfixturevalue({2: "two", 4: "four"}[world]):
-        result = rank[f"{label}/{tied}"]
+        result = rank[f"{label}/{kind}"]
         assert_same_steps(result["steps"], expected["steps"])
         for name in ("before", "after"):
             assert_same_steps([result[name]], [expected[name]])
@@ -219,6 +231,7 @@ def test_it_goes_on_bit_equal_and_under_other_cuts(one: dict[str, Any], two: lis
             assert rank[f"{label}/untied"]["resumed"] == rank[f"{label}/untied"]["steps"][2:], label
         for move in ("TP1->TP2", "TP2->PP2"):
             assert_same_steps(rank[move], one["TP1/untied"]["steps"][2:])
+        assert_same_steps(rank["TP1->PP2"], one["TP1/apart"]["steps"][2:])
 
 
 # ---- what learns
@@ -240,6 +253,14 @@ def test_frozen_layers_do_not_move(two: list[dict[str, Any]], label: str, tied: 
     assert learning == expected
 
 
+def test_values_can_learn_beside_a_policy_that_does_not(two: list[dict[str, Any]]) -> None:
+    moved: dict[str, bool] = {}
+    for rank in two:
+        moved |= rank["freeze/PP2/apart/0"]
+    learning = {name for name, has_moved in moved.items() if has_moved}
+    assert learning == {name for name in moved if name.startswith(("ilql_heads.", "value_trunk."))}
+
+
 def test_detached_heads_teach_the_trunk_nothing(one: dict[str, Any]) -> None:
     assert one["detach"]["detached"] < one["detach"]["attached"]
 
@@ -247,25 +268,27 @@ def test_detached_heads_teach_the_trunk_nothing(one: dict[str, Any]) -> None:
 # ---- export
 
 
+@pytest.mark.parametrize("kind", ["untied", "apart"])
 def test_the_page_decodes_an_exported_model_as_the_engine_does(
-    two: list[dict[str, Any]], shelf: Path, tmp_path: Path
+    two: list[dict[str, Any]], shelf: Path, tmp_path: Path, kind: str
 ) -> None:
     page = (ROOT / "docs" / "ilql.md").read_text()
     (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     assert len(code.splitlines()) <= 40
     decode: dict[str, Any] = {}
     exec(code, decode)
-    directory = shelf / "TP2-untied"  # of two ranks, whose padding is larger
-    model, heads = decode["load"](export_hf(directory, tmp_path / "hf"))
+    directory = shelf / f"TP2-{kind}"  # of two ranks, whose padding is larger
+    policy, trunk, heads = decode["load"](export_hf(directory, tmp_path / "hf"))
+    assert (policy is trunk) == (kind == "untied")
     described = re.findall(r"`((?:v|target_q)\.[\w.]+)`", page)
     assert set(heads) == {name.replace("N", n) for name in described for n in "01"}
     assert heads["target_q.1.weight"].shape == (VOCAB, worker.WIDTH)
     state.initialize(1, 1, SEED)
-    ours = worker.open_model(ONE, directory)
+    ours = worker.open_model(ONE, directory, value_trunk=kind == "apart")
     prompts = [(5, 9, 3), (7,), (100, 2, 2, 50, 8)]
     for beta, options in ((worker.BETA, {}), (worker.BETA, {"adv_clip": 0.05}), (0.0, {})):
         expected = worker.samples(ours, temperature=0.0, beta=beta, **options)
-        assert [tuple(decode["generate"](model, heads, p, 8, beta, **options)) for p in prompts] == expected
+        assert [tuple(decode["generate"](policy, trunk, heads, p, 8, beta, **options)) for p in prompts] == expected
 
 
 def test_a_checkpoint_says_its_heads_and_misses_none(two: list[dict[str, Any]], shelf: Path, tmp_path: Path) -> None:

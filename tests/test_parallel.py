@@ -19,9 +19,10 @@ from nemo_rlhf.convert.source import RandomSource
 from nemo_rlhf.parallel import logprobs as logprobs_module
 from nemo_rlhf.parallel import state
 from nemo_rlhf.parallel.attention import KVCache, SDPACoreAttention
-from nemo_rlhf.parallel.gpt import GPT, build_gpt, transformer_config
+from nemo_rlhf.parallel.gpt import GPT, build_gpt
 from nemo_rlhf.parallel.logprobs import vocab_parallel_logprobs
 from nemo_rlhf.parallel.offload import Offload, Swap
+from nemo_rlhf.parallel.settings import transformer_config
 from tests.spawn import run_distributed
 from tests.workers import parallel_worker as worker
 from tests.workers.parallel_worker import TEMPERATURE, Cut, Job

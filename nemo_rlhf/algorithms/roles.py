@@ -63,6 +63,8 @@ def open_role(kind: type[Role], config: ModelConfig, source: str, precision: str
     else:
         missing = () if has_heads else [name for name, _ in model.gpt.named_parameters() if name.startswith(HEADS)]
         checkpoint.load_model(model.gpt, directory, missing=missing)
+    if not has_heads:
+        model.gpt.start_value_trunk()
     return model
 
 

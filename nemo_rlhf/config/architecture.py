@@ -31,7 +31,8 @@ class Architecture:
     weights of those sum to one.
 
     ``ilql_num_q`` Q heads (and a V head), each with a hidden layer ``ilql_head_width`` wide, where "ilql" is among the
-    ``heads``. ``score_mean`` and ``score_std``: of a reward model's scores on held-out texts."""
+    ``heads``, on a trunk of their own with ``ilql_value_trunk``. ``score_mean`` and ``score_std``: of a reward model's
+    scores on held-out texts."""
 
     family: str
     num_layers: int
@@ -67,6 +68,7 @@ class Architecture:
     dense_layers: tuple[int, ...] = ()
     ilql_num_q: int = 0
     ilql_head_width: int = 0
+    ilql_value_trunk: bool = False
     score_mean: float = 0.0
     score_std: float = 1.0
 

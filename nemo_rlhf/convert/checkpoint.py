@@ -7,6 +7,7 @@ says where each Hugging Face tensor lies.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,14 +21,23 @@ from nemo_rlhf.convert.mapping import Box, Cut, Entry, Shape, Vocabulary
 from nemo_rlhf.convert.torch_dist import Reader
 
 WEIGHTS = "weights"
+VALUE_TRUNK = "value_trunk."  # that of an ILQL model's heads, where it is their own
 
 
 class CheckpointSource:
     """The model of a Megatron checkpoint under its Hugging Face names."""
 
-    def __init__(self, directory: Path, architecture: Architecture) -> None:
-        """Raises ValueError when the weights are missing, damaged or not those of ``architecture``."""
-        self.where = str(directory)
+    def __init__(self, directory: Path, architecture: Architecture, prefix: str = "") -> None:
+        """``prefix``: of the names of a part of the checkpoint's model, whose ``architecture`` is given.
+
+        Raises:
+            ValueError: the weights are missing, damaged or not those of ``architecture``.
+        """
+        self.where, self.architecture, self._prefix = str(directory), architecture, prefix
+        self.value_trunk: CheckpointSource | None = None
+        if architecture.ilql_value_trunk:
+            trunk = replace(architecture, heads=("trunk",), ilql_value_trunk=False)
+            self.value_trunk = CheckpointSource(directory, trunk, VALUE_TRUNK)
         self._weights = weight_map(architecture)
         self._reader = Reader(Path(directory) / WEIGHTS)
         self._cut = Cut(rank=0, size=1, padded_vocab_size=architecture.vocab_size)
@@ -56,7 +66,9 @@ class CheckpointSource:
                     f"{self.where}: {key} has shape {list(found)}, but its model_config.yaml says {list(shape)}."
                 )
         known = {place.key for place in self._places.values()} | heads.keys()
-        unknown = sorted(key for key in self._reader.tensors if key not in known)
+        if self.value_trunk is not None:
+            known |= {place.key for place in self.value_trunk._places.values()}
+        unknown = sorted(key for key in self._reader.tensors if key not in known and key.startswith(self._prefix))
         if unknown:
             raise ValueError(f"{self.where} has {unknown[0]}, which its model_config.yaml has no place for.")
 
@@ -66,9 +78,11 @@ class CheckpointSource:
 
     def _locate(self, entry: Entry) -> Place:
         for place in candidates(self._weights.architecture, entry.megatron):
+            place = place._replace(key=self._prefix + place.key)
             if place.key in self._reader.tensors:
                 return place
-        raise ValueError(f"{self.where} lacks {entry.megatron}: it is not a whole checkpoint of its model_config.yaml.")
+        name = self._prefix + entry.megatron
+        raise ValueError(f"{self.where} lacks {name}: it is not a whole checkpoint of its model_config.yaml.")
 
     def names(self) -> tuple[str, ...]:
         return tuple(self._weights.tensors)

@@ -27,6 +27,11 @@ class Family:
         return re.sub(r"(ForCausalLM|LMHeadModel)$", "ForSequenceClassification", self.architectures[0])
 
     @property
+    def trunk(self) -> str:
+        """The same without any head, as transformers names it."""
+        return re.sub(r"(ForCausalLM|LMHeadModel)$", "Model", self.architectures[0])
+
+    @property
     def embedding(self) -> str:
         """The embedding's Hugging Face name."""
         return next(row.stored[0].name for row in self.table if row.megatron == EMBEDDING)
@@ -81,6 +86,9 @@ def weight_map(architecture: Architecture) -> WeightMap:
     return WeightMap(_family(architecture).table, architecture)
 
 
-def classifier_name(architecture: Architecture) -> str:
-    """transformers' class for this architecture with a score in place of logits."""
-    return _family(architecture).classifier
+def class_name(architecture: Architecture) -> str:
+    """transformers' class for this architecture, by its heads."""
+    family = _family(architecture)
+    if "trunk" in architecture.heads:
+        return family.trunk
+    return family.classifier if "value" in architecture.heads else family.architectures[0]

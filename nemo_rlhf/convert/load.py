@@ -27,7 +27,7 @@ __all__ = [
     "resolve_restore_from",
 ]
 
-HEADS = ("value_head.", "ilql_heads.")  # what stands on a trunk beside or instead of an output layer
+HEADS = ("value_head.", "ilql_heads.", "value_trunk.")  # what a language model does not have
 # Transformer Engine's fused layers hold the norm that stands before them
 _UNFUSED = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",

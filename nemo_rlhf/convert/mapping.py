@@ -265,7 +265,8 @@ VALUE_HEAD = Row("value_head.weight", (Stored("score.weight", ("value", "hidden"
 
 
 class WeightMap:
-    """A family's table for one architecture: with a value head in the output layer's place where it has one.
+    """A family's table for one architecture: with a value head in the output layer's place where it has one, and with
+    neither for a trunk alone.
 
     ``entries`` goes from Megatron parameter names (global layer numbers) to entries; ``tensors`` from each Hugging Face
     tensor that a checkpoint must have to its entry and its number there; ``tolerated`` names tensors that a
@@ -284,7 +285,7 @@ class WeightMap:
                         self._add(self._entry(row, layer, expert))
         if "value" in architecture.heads:
             self._add(self._entry(VALUE_HEAD, 0, 0))
-        elif architecture.tie_embeddings:
+        elif architecture.tie_embeddings and "trunk" not in architecture.heads:
             self.entries[OUTPUT_LAYER] = self.entries[EMBEDDING]
 
     def _entry(self, row: Row, layer: int, expert: int) -> Entry:
@@ -295,7 +296,7 @@ class WeightMap:
 
     def _add(self, entry: Entry) -> None:
         assert entry.megatron not in self.entries, f"the table has {entry.megatron} twice"
-        if entry.megatron == OUTPUT_LAYER and "value" in self.architecture.heads:
+        if entry.megatron == OUTPUT_LAYER and {"value", "trunk"} & {*self.architecture.heads}:
             return
         if entry.megatron == OUTPUT_LAYER and self.architecture.tie_embeddings:
             self.tolerated = frozenset(entry.names)

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from nemo_rlhf.config.architecture import Architecture
-from nemo_rlhf.convert.checkpoint import WEIGHTS, CheckpointSource
+from nemo_rlhf.convert.checkpoint import VALUE_TRUNK, WEIGHTS, CheckpointSource
 from nemo_rlhf.convert.directory import new_directory, refuse_existing
-from nemo_rlhf.convert.families import classifier_name, weight_map
+from nemo_rlhf.convert.families import class_name, weight_map
 from nemo_rlhf.convert.ilql_heads import STEM
 from nemo_rlhf.convert.locate import CONFIG, TOKENIZER, read_architecture, resolve_restore_from, tokenizer_directory
 from nemo_rlhf.convert.source import WeightSource, open_hf
@@ -89,7 +89,8 @@ def export_hf(
 ) -> Path:
     """Write the model of a Megatron checkpoint as a Hugging Face directory, in the dtype it is stored in. A critic or
     reward model becomes a sequence classification model with one label; the heads of an ILQL model go to a file of
-    their own beside a plain language model, ``ilql_heads.safetensors``.
+    their own beside a plain language model, ``ilql_heads.safetensors``, and their trunk, if it is their own, to a
+    directory ``value_trunk`` there.
 
     Args:
         max_shard_size: bytes, or a number with KB, MB, GB, KiB, MiB or GiB.
@@ -109,10 +110,18 @@ def export_hf(
     refuse_existing(Path(hf_dir), force)
     source = CheckpointSource(ckpt_dir, architecture)
     config = hf_config(architecture, stored_dtype(source), tokenizer_directory(ckpt_dir))
-    heads = source.heads()
-    with new_directory(Path(hf_dir), force, _bytes(source) + _bytes(heads)) as directory:
+    heads, trunk = source.heads(), source.value_trunk
+    size = sum(_bytes(part) for part in (source, heads, trunk) if part is not None)
+    with new_directory(Path(hf_dir), force, size) as directory:
         written = write_safetensors(source, directory, limit, workers)
         _compare_counts(weight_map(architecture).num_parameters(), written, ckpt_dir)
+        if trunk is not None:
+            beside = directory / VALUE_TRUNK.rstrip(".")
+            beside.mkdir()
+            written = write_safetensors(trunk, beside, limit, workers)
+            _compare_counts(_count(trunk, trunk.names()), written, ckpt_dir)
+            described = hf_config(trunk.architecture, stored_dtype(trunk), tokenizer_directory(ckpt_dir))
+            _write_config(described, beside / CONFIG)
         if heads.names():
             written = write_safetensors(heads, directory, math.inf, workers, stem=STEM)
             _compare_counts(_count(heads, heads.names()), written, ckpt_dir)
@@ -159,9 +168,11 @@ def hf_config(architecture: Architecture, dtype: torch.dtype, tokenizer_dir: Pat
         raise ValueError("The checkpoint's model_config.yaml has no hf_config to write a config.json from.")
     key = "torch_dtype" if "torch_dtype" in architecture.hf_config else "dtype"
     config = {**architecture.hf_config, key: dtype_name(dtype)}
-    class_name = classifier_name(architecture)
-    if "value" in architecture.heads and config["architectures"] != [class_name]:
-        config |= {"architectures": [class_name], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    name = class_name(architecture)
+    if "trunk" in architecture.heads:
+        config |= {"architectures": [name]}
+    if "value" in architecture.heads and config["architectures"] != [name]:
+        config |= {"architectures": [name], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
         if config.get("pad_token_id") is None:  # by which the last token of a row is found
             config["pad_token_id"] = _pad_token_id(tokenizer_dir)
     return config

@@ -236,7 +236,7 @@ class _Stage:
         if not state.is_first_stage():
             config = self._model.config
             self._model.set_input_tensor(
-                torch.zeros(1, 1, config.hidden_size, dtype=config.pipeline_dtype, device=self._device)
+                torch.zeros(1, 1, self._model.hidden_width, dtype=config.pipeline_dtype, device=self._device)
             )
         self._model(token, token, inference_context=self._idle_cache)
 
@@ -292,7 +292,7 @@ class _Stage:
 
     def _receive(self, length: int, rows: int) -> Tensor:
         config = self._model.config
-        hidden = torch.empty(length, rows, config.hidden_size, dtype=config.pipeline_dtype, device=self._device)
+        hidden = torch.empty(length, rows, self._model.hidden_width, dtype=config.pipeline_dtype, device=self._device)
         dist.recv(hidden, group=state.pp_group(), group_src=state.pp_rank() - 1)
         return hidden
 

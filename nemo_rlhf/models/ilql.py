@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nemo_rlhf.models.base import MegatronModel
 from nemo_rlhf.parallel import schedule, state
+from nemo_rlhf.parallel.gpt import GPT
 
 
 class ILQLModel(MegatronModel):
@@ -16,14 +18,14 @@ class ILQLModel(MegatronModel):
     heads = ("ilql",)
 
     def freeze(self, num_layers_unfrozen: int) -> None:
-        """Let only the last ``num_layers_unfrozen`` layers, what stands behind them and the heads learn; -1: all of the
-        model; 0: the heads alone. An embedding stays as it is, tied to the output layer or not. To be called before
-        ``make_trainable``."""
+        """Let only the last ``num_layers_unfrozen`` layers, what stands behind them and the heads (with their own
+        trunk, if they have one) learn; -1: all of the model; 0: the heads alone. An embedding stays as it is, tied to
+        the output layer or not. To be called before ``make_trainable``."""
         if num_layers_unfrozen < 0:
             return
         first = self.architecture.num_layers - num_layers_unfrozen
         for name, parameter in self.gpt.named_parameters():
-            if name.startswith("ilql_heads."):
+            if name.startswith(("ilql_heads.", "value_trunk.")):
                 continue
             if name.startswith("decoder.layers."):
                 number = self.gpt.decoder.layers[int(name.split(".")[2])].layer_number - 1
@@ -40,6 +42,19 @@ class ILQLModel(MegatronModel):
         """Polyak averaging of the target heads; on stages without heads nothing."""
         if self.gpt.ilql_heads is not None:
             self.gpt.ilql_heads.sync_targets(alpha)
+
+    def action_values(self, microbatches: Sequence[schedule.Microbatch], like: Tensor) -> dict[str, Tensor]:
+        """Of the selected tokens, [B, S] fp32 each: "Q" (mean of the heads), "target Q" (the lower one) and "V"."""
+
+        def compute(gpt: GPT, hidden: Tensor, batch: schedule.Microbatch) -> dict[str, Tensor]:
+            scores = gpt.ilql_scores(hidden, batch.tokens, batch.selected, detach=True)
+            return {
+                "Q": torch.stack(tuple(scores.q_taken)).mean(0),
+                "target Q": torch.stack(tuple(scores.target_q_taken)).amin(0),
+                "V": scores.values,
+            }
+
+        return self.forward(microbatches, compute, like)
 
     def sums(self, microbatches: Sequence[schedule.Microbatch], loss: schedule.Loss) -> dict[str, float]:
         """The logged sums of a loss over the whole batch, without learning from it."""

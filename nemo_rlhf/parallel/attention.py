@@ -39,7 +39,7 @@ class KVCache(BaseInferenceContext):
         super().__init__(materialize_only_last_token_logits=False)
         self.num_slots = num_slots
         self.max_sequence_length = max_sequence_length
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._layers: dict[Any, tuple[Tensor, Tensor]] = {}
         self._slots: slice | Tensor = slice(0)
         self._positions: Tensor | None = None  # [n, S]; None in a prefill
         # of the tokens that are no padding: their slots, their positions, and where they are in the flattened pass
@@ -123,10 +123,10 @@ class KVCache(BaseInferenceContext):
             self._rotation = _cos_sin(rows, dtype)
         return self._rotation
 
-    def store(self, number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write this pass's key and value [S, n, groups, channels] of a layer; return what its queries attend to, in
-        the same form."""
-        keys, values = self._layer(number, key)
+    def store(self, layer: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write this pass's key and value [S, n, groups, channels] of a layer (its module: a model of two trunks has
+        each number twice); return what its queries attend to, in the same form."""
+        keys, values = self._layer(layer, key)
         if self._positions is None:
             length = key.size(0)
             keys[self._slots, :, :length] = key.permute(1, 2, 0, 3)
@@ -140,12 +140,12 @@ class KVCache(BaseInferenceContext):
         keys, values = keys[self._slots, :, : self._num_keys], values[self._slots, :, : self._num_keys]
         return keys.permute(2, 0, 1, 3), values.permute(2, 0, 1, 3)
 
-    def _layer(self, number: int, key: Tensor) -> tuple[Tensor, Tensor]:
+    def _layer(self, layer: Any, key: Tensor) -> tuple[Tensor, Tensor]:
         """This layer's (keys, values), each [slots, groups, max length, channels]."""
-        if number not in self._layers:
+        if layer not in self._layers:
             shape = (self.num_slots, key.size(2), self.max_sequence_length, key.size(3))
-            self._layers[number] = (key.new_zeros(shape), key.new_zeros(shape))
-        return self._layers[number]
+            self._layers[layer] = (key.new_zeros(shape), key.new_zeros(shape))
+        return self._layers[layer]
 
 
 def window_of(config: TransformerConfig, layer_number: int) -> int | None:
@@ -197,7 +197,7 @@ class CachedSelfAttention(SelfAttention):
         if rotary_pos_emb is not None:
             cos, sin = inference_context.rotation(rotary_pos_emb[0], key.size(0), key.dtype)
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        key, value = inference_context.store(self.layer_number, key, value)
+        key, value = inference_context.store(self, key, value)
         mask_type = AttnMaskType.no_mask if inference_context.is_decode_only() else AttnMaskType.causal
         return query, key, value, None, mask_type, None
 

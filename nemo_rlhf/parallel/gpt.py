@@ -28,125 +28,20 @@ from nemo_rlhf import device
 from nemo_rlhf.config.architecture import Architecture
 from nemo_rlhf.parallel import state
 from nemo_rlhf.parallel.attention import KVCache
-from nemo_rlhf.parallel.elementwise import gelu_tanh
-from nemo_rlhf.parallel.experts import check_policy, expert_settings, mark_experts
+from nemo_rlhf.parallel.experts import check_policy, mark_experts
 from nemo_rlhf.parallel.heads import ILQLHeads, ILQLScores
-from nemo_rlhf.parallel.layers import block_spec, uses_transformer_engine
+from nemo_rlhf.parallel.layers import block_spec
 from nemo_rlhf.parallel.logprobs import vocab_parallel_logprobs
+from nemo_rlhf.parallel.settings import Recompute, rotary_frequencies, transformer_config
 
-Role = Literal["policy", "critic", "ilql"]
-Recompute = Literal["selective", "full"]
+Role = Literal["policy", "critic", "ilql", "trunk"]
+_WITHOUT_OUTPUT = ("critic", "trunk")  # have no output layer, so their embedding is tied to nothing
 VOCABULARY_MULTIPLE = 8  # rows a tensor-parallel rank: what matrix units like
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
     multiple = VOCABULARY_MULTIPLE * tensor_parallel
     return math.ceil(vocab_size / multiple) * multiple
-
-
-def _check_sizes(architecture: Architecture, tensor_parallel: int, pipeline_parallel: int) -> None:
-    dense = any(not architecture.is_sparse(layer) for layer in range(architecture.num_layers))
-    for name in ("num_attention_heads", "num_query_groups", *(["ffn_hidden_size"] if dense else [])):
-        value = getattr(architecture, name)
-        if value % tensor_parallel:
-            raise ValueError(
-                f"model.tensor_model_parallel_size={tensor_parallel} does not divide the model's {name}={value}: "
-                f"choose a divisor of it."
-            )
-    if architecture.num_layers % pipeline_parallel:
-        raise ValueError(
-            f"model.pipeline_model_parallel_size={pipeline_parallel} does not divide the model's "
-            f"num_layers={architecture.num_layers}: choose a divisor of it."
-        )
-
-
-def _computation(architecture: Architecture) -> dict[str, Any]:
-    """What its layers compute, in the names of megatron's configuration."""
-    fused = uses_transformer_engine()
-    activation = {"silu": F.silu, "gelu_tanh": gelu_tanh if fused else F.gelu}[architecture.activation]
-    windowed = [int(layer in architecture.windowed_layers) for layer in range(architecture.num_layers)]
-    window = architecture.sliding_window if any(windowed) else None
-    return {
-        "normalization": {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}[architecture.normalization],
-        "layernorm_epsilon": architecture.layernorm_epsilon,
-        "layernorm_zero_centered_gamma": architecture.zero_centered_norm,
-        "qk_layernorm": architecture.qk_norm,
-        "gated_linear_unit": architecture.gated,
-        # without Transformer Engine the layer spec has a module for it, which megatron enables by this name and only
-        # beside functions of its own list
-        "activation_func": activation,
-        "use_te_activation_func": not fused,
-        "add_bias_linear": architecture.linear_bias,
-        "add_qkv_bias": architecture.qkv_bias,
-        "window_size": None if window is None else (window - 1, 0),
-        "window_attn_skip_freq": windowed,
-    }
-
-
-def transformer_config(
-    architecture: Architecture, *, dtype: torch.dtype, sequence_parallel: bool, recompute: Recompute | None
-) -> TransformerConfig:
-    """megatron's configuration for this model on the current process groups. Dropout is off: RL needs ratios of 1.
-
-    Raises:
-        ValueError: heads, groups, feed-forward width or layers cannot be divided as asked.
-    """
-    tensor_parallel, pipeline_parallel = state.tp_size(), state.pp_size()
-    _check_sizes(architecture, tensor_parallel, pipeline_parallel)
-    recomputation: dict[str, Any] = {}
-    if recompute == "full":
-        recomputation = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    elif recompute == "selective":
-        recomputation = {"recompute_granularity": "selective"}
-    return TransformerConfig(
-        num_layers=architecture.num_layers,
-        hidden_size=architecture.hidden_size,
-        ffn_hidden_size=architecture.ffn_hidden_size,
-        num_attention_heads=architecture.num_attention_heads,
-        num_query_groups=architecture.num_query_groups,
-        kv_channels=architecture.kv_channels,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        tensor_model_parallel_size=tensor_parallel,
-        pipeline_model_parallel_size=pipeline_parallel,
-        sequence_parallel=sequence_parallel and tensor_parallel > 1,
-        variable_seq_lengths=pipeline_parallel > 1,  # microbatches are as long as their longest row
-        pipeline_dtype=dtype,
-        params_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        perform_initialization=False,  # every weight comes from a checkpoint or from a seeded source
-        moe_token_dispatcher_type="alltoall",  # the default refuses variable sequence lengths, even without experts
-        use_cpu_initialization=not device.is_cuda(),
-        gradient_accumulation_fusion=False,  # needs apex
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
-        **_computation(architecture),
-        **expert_settings(architecture, grouped=uses_transformer_engine()),
-        **recomputation,
-    )
-
-
-def _rotary_frequencies(architecture: Architecture) -> Tensor:
-    """Inverse frequencies [channels / 2], by transformers itself: megatron hard-codes llama3's original length."""
-    from transformers import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    rotary = LlamaRotaryEmbedding(
-        LlamaConfig(
-            hidden_size=architecture.hidden_size,
-            num_attention_heads=architecture.num_attention_heads,
-            head_dim=architecture.kv_channels,
-            max_position_embeddings=architecture.max_position_embeddings,
-            rope_parameters=dict(architecture.rope),
-        )
-    )
-    if rotary.attention_scaling != 1.0 or rotary.rope_type == "dynamic":
-        raise ValueError(
-            f"rope_type={rotary.rope_type!r} cannot be expressed in megatron-core: use default, linear or llama3."
-        )
-    return rotary.inv_freq.detach().clone().float()
 
 
 class ValueHead(torch.nn.Module):
@@ -162,7 +57,11 @@ class ValueHead(torch.nn.Module):
 
 
 class GPT(GPTModel):
-    """megatron's GPTModel over this rank's layers; ``forward`` returns hidden states [S, B, H] on every stage."""
+    """megatron's GPTModel over this rank's layers; ``forward`` returns hidden states [S, B, H] on every stage.
+
+    ``value_trunk``: a second one without output layer, beside the first in an ILQL model whose heads do not stand on
+    the policy's trunk (Snell et al. 2022). Its hidden states travel with the policy's, as [S, B, 2H].
+    """
 
     post_process: bool
     output_layer: Any
@@ -179,16 +78,19 @@ class GPT(GPTModel):
             pre_process=state.is_first_stage(),
             post_process=state.is_last_stage(),
             position_embedding_type="rope" if rotary else "learned_absolute",
-            # a critic has no output layer, so its embedding is tied to nothing
-            share_embeddings_and_output_weights=architecture.tie_embeddings and role != "critic",
+            share_embeddings_and_output_weights=architecture.tie_embeddings and role not in _WITHOUT_OUTPUT,
         )
+        self.value_trunk: GPT | None = None
+        if role == "ilql" and architecture.ilql_value_trunk:
+            self.value_trunk = GPT(architecture, config, "trunk")
         if rotary:
-            self.rotary_pos_emb.inv_freq = _rotary_frequencies(architecture).to(device.torch_device())
+            self.rotary_pos_emb.inv_freq = rotary_frequencies(architecture).to(device.torch_device())
             self.forget_rotary_angles()
         elif self.pre_process:
             self.embedding.position_embeddings.to(config.params_dtype)  # megatron makes it fp32
-        if role == "critic" and self.post_process:
+        if role in _WITHOUT_OUTPUT and self.post_process:
             self.output_layer = None
+        if role == "critic" and self.post_process:
             self.value_head = ValueHead(config.hidden_size)
         self.ilql_heads: ILQLHeads | None = None
         if role == "ilql" and self.post_process:
@@ -203,13 +105,32 @@ class GPT(GPTModel):
         inference_context: KVCache | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        return super().forward(
-            input_ids,
-            position_ids,
-            attention_mask,
-            inference_context=inference_context,
-            packed_seq_params=packed_seq_params,
-        )
+        how = {"inference_context": inference_context, "packed_seq_params": packed_seq_params}
+        hidden = super().forward(input_ids, position_ids, attention_mask, **how)
+        if self.value_trunk is None:
+            return hidden
+        return torch.cat([hidden, self.value_trunk(input_ids, position_ids, attention_mask, **how)], dim=-1)
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """As megatron's; two trunks share what the stage before sent."""
+        if self.value_trunk is not None:
+            (received,) = input_tensor if isinstance(input_tensor, list) else [input_tensor]
+            if received is not None:
+                input_tensor, values = (part.contiguous() for part in received.chunk(2, dim=-1))
+                self.value_trunk.set_input_tensor(values)
+        super().set_input_tensor(input_tensor)
+
+    @property
+    def hidden_width(self) -> int:
+        """Last dimension of the hidden states."""
+        return self.config.hidden_size * (1 if self.value_trunk is None else 2)
+
+    def _of_trunks(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """What the output layer reads, and what V and Q heads do."""
+        if self.value_trunk is None:
+            return hidden, hidden
+        policy, values = hidden.chunk(2, dim=-1)
+        return policy, values
 
     def _preprocess(
         self, input_ids: Tensor, position_ids: Tensor, decoder_input: Tensor | None = None, **kwargs: Any
@@ -225,13 +146,15 @@ class GPT(GPTModel):
         """Empty megatron's cache of rotary angles, if this model has any."""
         if self.architecture.position_embedding == "rope":
             self.rotary_pos_emb.forward.cache_clear()
+        if self.value_trunk is not None:
+            self.value_trunk.forget_rotary_angles()
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
         """As megatron's, which takes for granted that the last stage has an output layer."""
-        last, self.post_process = self.post_process, self.post_process and self.role != "critic"
+        last, self.post_process = self.post_process, self.post_process and self.role not in _WITHOUT_OUTPUT
         try:
             return super().sharded_state_dict(prefix, sharded_offsets, metadata)
         finally:
@@ -244,8 +167,17 @@ class GPT(GPTModel):
         real = min(max(self.architecture.vocab_size - start, 0), end - start)
         if self.pre_process:
             self.embedding.word_embeddings.weight[real:] = 0
-        if self.post_process and self.role != "critic":
+        if self.post_process and self.role not in _WITHOUT_OUTPUT:
             self.output_weight()[real:] = 0
+        if self.value_trunk is not None:
+            self.value_trunk.zero_vocabulary_padding()
+
+    @torch.no_grad()
+    def start_value_trunk(self) -> None:
+        """As a copy of the policy's."""
+        if self.value_trunk is not None:
+            for name, parameter in self.value_trunk.named_parameters():
+                parameter.copy_(self.get_parameter(name))
 
     def output_weight(self) -> Tensor:
         """This rank's rows of the output layer [padded vocabulary / TP, H]. Last stage only."""
@@ -260,13 +192,13 @@ class GPT(GPTModel):
 
     def output_logits(self, hidden: Tensor) -> Tensor:
         """Logits [N, padded vocabulary / TP] of hidden states [N, H], without gradient to other ranks: for sampling."""
-        return F.linear(hidden, self.output_weight())
+        return F.linear(self._of_trunks(hidden)[0], self.output_weight())
 
     def guided_logits(self, hidden: Tensor, beta: float, adv_clip: float | None) -> Tensor:
         """The same plus ``beta * (min target Q - V)``, fp32: log-probabilities that ILQL's heads guide (Snell et
         al. 2022, section 4.2), up to a constant of each row."""
         assert self.ilql_heads is not None
-        advantages = self.ilql_heads.advantages(hidden)
+        advantages = self.ilql_heads.advantages(self._of_trunks(hidden)[1])
         if adv_clip is not None:
             advantages = advantages.clamp(-adv_clip, adv_clip)
         return self.output_logits(hidden).float() + beta * advantages
@@ -286,6 +218,7 @@ class GPT(GPTModel):
             (logprobs [N], entropies [N]), fp32, the same on every tensor-parallel rank.
         """
         group = state.tp_group()
+        hidden, _ = self._of_trunks(hidden)
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)
         else:
@@ -313,7 +246,8 @@ class GPT(GPTModel):
         say has no gradient for the trunk."""
         assert self.ilql_heads is not None
         logprobs, _ = self.vocab_logprobs(hidden, tokens, selected)
-        states = _before(self._gathered(hidden.detach() if detach else hidden), tokens, selected)
+        _, states = self._of_trunks(hidden)
+        states = _before(self._gathered(states.detach() if detach else states), tokens, selected)
         return self.ilql_heads.scores(states, tokens.reshape(-1)[selected], logprobs, self.architecture.vocab_size)
 
     def _gathered(self, hidden: Tensor) -> Tensor:

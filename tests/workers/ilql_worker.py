@@ -28,16 +28,20 @@ BETA, CLIP = 4.0, 1.0
 
 def batch_fields(mask: Tensor) -> dict[str, Tensor]:
     rewards = torch.randn(mask.shape, generator=torch.Generator().manual_seed(8))
-    return {"rewards": rewards, "is_last": mask & (mask.flip(1).cumsum(1).flip(1) == 1)}
+    last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
+    return {"rewards": rewards, "is_last": last, "is_cut": torch.zeros_like(mask)}
 
 
 def loss_of(normalizer: int, detach: bool) -> Loss:
     return action_loss(replace(ILQL, detach_heads=detach), normalizer)
 
 
-def open_model(cut: Cut, source: Path, micro_batch: int = 2, num_q: int = 2, precision: str = "32") -> ILQLModel:
+def open_model(
+    cut: Cut, source: Path, micro_batch: int = 2, num_q: int = 2, precision: str = "32", value_trunk: bool = False
+) -> ILQLModel:
     config = config_of(cut, source, micro_batch=micro_batch)
-    return open_role(ILQLModel, config, str(source), precision, SEED, ilql_num_q=num_q, ilql_head_width=WIDTH)
+    sizes = {"ilql_num_q": num_q, "ilql_head_width": WIDTH, "ilql_value_trunk": value_trunk}
+    return open_role(ILQLModel, config, str(source), precision, SEED, **sizes)
 
 
 def learn(model: ILQLModel, steps: range, detach: bool = False) -> list[dict[str, float]]:
@@ -76,9 +80,11 @@ class _Tokenizer:
         return ""
 
 
-def train(cut: Cut, directory: Path, shelf: Path, name: str, micro_batch: int = 2) -> dict[str, Any]:
+def train(
+    cut: Cut, directory: Path, shelf: Path, name: str, micro_batch: int = 2, value_trunk: bool = False
+) -> dict[str, Any]:
     """Steps without interruption, and with one in their midst; guided samples, and the weights of the targets."""
-    model = open_model(cut, directory, micro_batch)
+    model = open_model(cut, directory, micro_batch, value_trunk=value_trunk)
     model.make_trainable(OPTIM, TOTAL_STEPS)
     before = validation(model)
     logged = learn(model, range(2))
@@ -88,7 +94,7 @@ def train(cut: Cut, directory: Path, shelf: Path, name: str, micro_batch: int = 
     model.save_training_state(place / "training")
     logged += learn(model, range(2, STEPS))
     result = {"before": before, "steps": logged, "after": validation(model)}
-    resumed = open_model(cut, directory, micro_batch)
+    resumed = open_model(cut, directory, micro_batch, value_trunk=value_trunk)
     resumed.make_trainable(OPTIM, TOTAL_STEPS)
     checkpoint.load_model(resumed.gpt, place)
     resumed.load_training_state(place / "training")
@@ -106,15 +112,15 @@ def _fresh(place: Path) -> None:
 
 def resume(cut: Cut, directory: Path, shelf: Path, name: str) -> list[dict[str, float]]:
     """Go on under this cut from the middle of a run under another; heads and all come from the checkpoint."""
-    model = open_model(cut, shelf / name)
+    model = open_model(cut, shelf / name, value_trunk=name.endswith("apart"))
     model.make_trainable(OPTIM, TOTAL_STEPS)
     model.load_training_state(shelf / name / "training")
     return learn(model, range(2, STEPS))
 
 
-def freeze(cut: Cut, directory: Path, num_layers_unfrozen: int) -> dict[str, bool]:
+def freeze(cut: Cut, directory: Path, num_layers_unfrozen: int, value_trunk: bool = False) -> dict[str, bool]:
     """Which parameters moved in two steps, by name in the whole model."""
-    model = open_model(cut, directory)
+    model = open_model(cut, directory, value_trunk=value_trunk)
     model.freeze(num_layers_unfrozen)
     model.make_trainable(OPTIM, TOTAL_STEPS)
     before = {name: parameter.detach().clone() for name, parameter in model.gpt.named_parameters()}
