@@ -125,3 +125,13 @@ def test_equal_rewards_teach_nothing(plain: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         standardise(read_dialogues([["a", "b"]] * 2, plain, 8, rewards=[0.1, 0.2]))
+
+
+def test_a_dialogue_that_was_cut_off_has_no_end(plain: Any) -> None:
+    record = {"turns": ["a", "b", "c", "d"], "rewards": [1, 2]}
+    cut, whole = one({**record, "done": False}, plain), one({**record, "done": True}, plain)
+    assert (cut.done, whole.done, one(record, plain)) == (False, True, whole)
+    assert list(cut.token_ids) == ids("a b c d") and list(whole.token_ids) == [*ids("a b c d"), EOS]
+    assert actions(cut) == [(ids("b")[0], 1), (ids("d")[0], 2)] and actions(whole) == tokens("b d", 1, 0, 2)
+    with pytest.raises(ValueError, match=r'dialogue 0: "done" is 0, and must be true, or false'):
+        one({**record, "done": 0}, plain)

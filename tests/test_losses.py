@@ -306,6 +306,7 @@ def ilql_inputs(num_heads: int = 2, seed: int = 0) -> dict[str, Any]:
         "actions": torch.tensor([0, 3, 1, 4, 2, 2, 0]),
         "rewards": draw(7),
         "is_last": torch.tensor([True, False, False, False, True, False, True]),
+        "is_cut": torch.tensor([False, False, False, False, True, False, False]),
     }
 
 
@@ -318,7 +319,7 @@ def ilql_by_action(x: dict[str, Any], returns: list[float] | None) -> tuple[torc
         q_hat = min(float(head[t, action]) for head in x["target_q"])
         next_v = 0.0 if x["is_last"][t] else float(x["values"][t + 1].detach())
         target = float(x["rewards"][t]) + ILQL["gamma"] * next_v if returns is None else returns[t]
-        l_q = sum((head[t, action] - target) ** 2 for head in x["q"])
+        l_q = torch.zeros(()) if x["is_cut"][t] else sum((head[t, action] - target) ** 2 for head in x["q"])
         weight = 1 - ILQL["tau"] if q_hat < float(v.detach()) else ILQL["tau"]
         l_v = weight * (q_hat - v) ** 2
         l_cql = sum(-torch.log_softmax(head[t], -1)[action] for head in x["q"])
@@ -339,6 +340,7 @@ def ilql_by_tensor(x: dict[str, Any], returns: list[float] | None) -> tuple[torc
         torch.log_softmax(x["logits"], -1).gather(-1, taken)[:, 0],
         x["rewards"],
         x["is_last"],
+        x["is_cut"],
         returns=None if returns is None else torch.tensor(returns, dtype=torch.float64),
         normalizer=11.0,
         **ILQL,

@@ -15,7 +15,7 @@ from nemo_rlhf.ops.masks import masked_mean, masked_sum, mean_and_variance, mome
 from nemo_rlhf.ops.returns import discounted_returns
 from nemo_rlhf.ops.rewards import last_positions, token_rewards
 from nemo_rlhf.ops.scaling import ScoreStatistics, scale_scores, update_statistics
-from nemo_rlhf.ops.stats import explained_variance, mean_and_std
+from nemo_rlhf.ops.stats import explained_variance, histograms, mean_and_std
 
 # Spans (start, end) of the response in each row: uneven, one token, at either edge, and none.
 SPANS = [(3, 9), (1, 12), (5, 6), (0, 0), (11, 12), (1, 2), (4, 11)]
@@ -190,6 +190,21 @@ def test_gae_by_definition(gamma, lam):
     torch.testing.assert_close(returns, expected_returns, rtol=0, atol=2e-6)
 
 
+def test_gae_passes_over_what_the_environment_said():
+    """As if the tokens between were not there."""
+    mask = torch.tensor([[False, True, True, False, False, True, False, True, False]])
+    rewards, values = torch.randn(1, 9, generator=seeded(3)), torch.randn(1, 9, generator=seeded(4))
+    advantages, returns = gae(rewards, values, mask, 0.9, 0.8)
+    together = torch.ones(1, 4, dtype=torch.bool)
+    expected = gae(rewards[mask][None], values[mask][None], together, 0.9, 0.8)
+    for found, wanted in zip((advantages, returns), expected, strict=True):
+        assert torch.equal(found[mask][None], wanted) and not found[~mask].any()
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def test_gae_returns_are_rewards_to_go_without_bootstrapping():
     rewards, values = noise(10), noise(11)
     _, returns = gae(rewards, values, make_mask(), 1.0, 1.0)
@@ -290,3 +305,18 @@ def test_discounted_returns_by_action() -> None:
     rewards = torch.tensor([[9.0, 1.0, 2.0, 9.0, 4.0], [3.0, 9.0, 9.0, 9.0, 9.0]])
     expected = torch.tensor([[0.0, 1 + 0.5 * (2 + 0.5 * 4), 2 + 0.5 * 4, 0.0, 4.0], [3.0, 0, 0, 0, 0]])
     assert torch.equal(discounted_returns(rewards, mask, 0.5), expected)
+
+
+def test_histograms_share_their_bins_and_leave_out_what_is_not_finite():
+    edges, counts = histograms(
+        {"a": torch.tensor([0.0, 0.9, 1.0, 3.9, 4.0, math.inf]), "b": torch.tensor([2.5, math.nan])}, 4
+    )
+    assert edges == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert counts == {"a": [2, 1, 0, 2], "b": [0, 0, 1, 0]}
+
+
+@pytest.mark.parametrize(("values", "centre", "count"), [([], 0.0, 0), ([3.0, 3.0], 3.0, 2)])
+def test_histograms_of_nothing_and_of_equal_values(values, centre, count):
+    edges, counts = histograms({"a": torch.tensor(values)}, 2)
+    assert edges == [centre - 0.5, centre, centre + 0.5]
+    assert sum(counts["a"]) == count

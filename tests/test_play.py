@@ -256,11 +256,12 @@ def test_play_is_public_and_its_episodes_are_data(directory: Path) -> None:
     assert [episode.turns[0] for episode in episodes] == ["a ", "ab ", "abc "]
     assert config.model.restore_from == "", "the caller's configuration was changed"
     tokenizer = load_tokenizer(directory)
-    turns, rewards = [list(e.turns) for e in episodes], [list(e.rewards) for e in episodes]
-    for episode, dialogue in zip(episodes, read_dialogues(turns, tokenizer, 100, rewards=rewards), strict=True):
-        ended = len(dialogue.token_ids) == len(episode.token_ids)
+    records = [{"turns": e.turns, "rewards": e.rewards, "done": e.done} for e in episodes]
+    assert {episode.done for episode in episodes} == {True, False}
+    for episode, dialogue in zip(episodes, read_dialogues(records, tokenizer, 100), strict=True):
+        ended = not episode.done or episode.token_ids[-1] == EOS
         assert dialogue.token_ids == (*episode.token_ids, *(() if ended else (EOS,)))
-        assert sum(dialogue.rewards) == episode.total_reward
+        assert (sum(dialogue.rewards), dialogue.done) == (episode.total_reward, episode.done)
     with pytest.raises(ValueError, match=r"beta=1\.0 needs an ILQL model"):
         config.generation.beta = 1.0
         nemo_rlhf.play(directory, Echo, num_episodes=1, config=config)

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nemo_rlhf.algorithms.base import Metrics, PhaseTimer
-from nemo_rlhf.algorithms.evaluate import evaluate
+from nemo_rlhf.algorithms.evaluate import Rewards, evaluate, from_prompts
 from nemo_rlhf.algorithms.one_model import OneModel
 from nemo_rlhf.algorithms.roles import open_role
+from nemo_rlhf.algorithms.samples import write_records
 from nemo_rlhf.config.sampling import sampling_sweep
 from nemo_rlhf.config.schema import ILQLAlgorithmConfig, ILQLConfig
 from nemo_rlhf.convert.locate import read_architecture
@@ -23,19 +25,23 @@ from nemo_rlhf.generation.sampling import SamplingParams
 from nemo_rlhf.losses.ilql import ilql_loss
 from nemo_rlhf.models.ilql import ILQLModel
 from nemo_rlhf.ops.returns import discounted_returns
+from nemo_rlhf.ops.stats import histograms
 from nemo_rlhf.parallel.gpt import GPT
 from nemo_rlhf.parallel.schedule import Loss, Microbatch
 from nemo_rlhf.rollout.collect import make_requests
 from nemo_rlhf.rollout.score import RewardFunction
+from nemo_rlhf.rollout.sources import CalledSource
 from nemo_rlhf.types import Dialogue, Prompt
 
 _VALIDATION_ROWS = 256  # dialogues that are padded together
+_NUM_BINS = 40  # of histograms
 
 
 @dataclass(frozen=True)
 class ILQLInputs:
     """What ILQL works on, beside its configuration. Validation samples from the guided policy where there are prompts;
-    ``reward_fn`` and ``metric_fn`` then say how good the samples are."""
+    ``reward_fn`` and ``metric_fn`` then say how good the samples are, and ``logit_mask`` [vocabulary, vocabulary] bool
+    which token may follow which."""
 
     tokenizer: Any
     tokenizer_dir: Path
@@ -44,6 +50,7 @@ class ILQLInputs:
     validation_prompts: Sequence[Prompt] = ()
     reward_fn: RewardFunction | None = None
     metric_fn: Callable[..., dict[str, Any]] | None = None
+    logit_mask: Tensor | None = None
 
 
 def action_loss(config: ILQLAlgorithmConfig, normalizer: int) -> Loss:
@@ -59,6 +66,7 @@ def action_loss(config: ILQLAlgorithmConfig, normalizer: int) -> Loss:
             scores.logprobs,
             batch.fields["rewards"],
             batch.fields["is_last"],
+            batch.fields["is_cut"],
             tau=config.tau,
             gamma=config.gamma,
             beta=config.beta,
@@ -93,6 +101,7 @@ class ILQL(OneModel[ILQLModel]):
             config.seed,
             ilql_num_q=2 if config.ilql.two_qs else 1,
             ilql_head_width=config.ilql.head_width or 2 * read_architecture(model.restore_from).hidden_size,
+            ilql_value_trunk=config.ilql.value_trunk,
         )
         self.model.freeze(config.ilql.num_layers_unfrozen)
         self.model.make_trainable(model.optim, self.max_steps)
@@ -102,6 +111,7 @@ class ILQL(OneModel[ILQLModel]):
                 self.tokenizer,
                 num_slots=config.generation.num_slots,
                 max_sequence_length=self.model.architecture.max_position_embeddings,
+                logit_mask=self.inputs.logit_mask,
             )
             for _, values in self.validations:
                 self.engine.check(make_requests(self.inputs.validation_prompts, 1, 0), SamplingParams(**values))
@@ -116,6 +126,8 @@ class ILQL(OneModel[ILQLModel]):
             sums, norm = self.learn(microbatches, action_loss(ilql, num_actions), batch)
             if (step + 1) % ilql.steps_for_target_q_sync == 0:
                 self.model.sync_targets(ilql.alpha)
+        if step + 1 == self.max_steps and not self.val_check_interval:
+            self.write_values(step + 1)
         assert self.model.learner is not None
         return {
             **self._means(sums, num_actions),
@@ -129,7 +141,8 @@ class ILQL(OneModel[ILQLModel]):
         """Tokens, action mask [B, S], lengths [B], and what the loss needs of every action [B, S]."""
         tokens, mask, lengths, rewards = pad_dialogues(dialogues, self.tokenizer.pad_token_id)
         last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
-        fields = {"rewards": rewards, "is_last": last}
+        is_cut = last & ~torch.tensor([dialogue.done for dialogue in dialogues])[:, None]
+        fields = {"rewards": rewards, "is_last": last, "is_cut": is_cut}
         if self.config.ilql.target == "mc":
             fields["returns"] = discounted_returns(rewards, mask, self.config.ilql.gamma)
         return tokens, mask, lengths, fields
@@ -143,19 +156,30 @@ class ILQL(OneModel[ILQLModel]):
     def validate(self) -> Metrics:
         """``val/loss`` and its parts on validation dialogues; of samples what ``evaluate`` gives."""
         metrics: Metrics = {}
+        self.write_values(self.completed_steps)
         if self.inputs.validation_dialogues:
             metrics |= self._validation_loss()
         if self.inputs.validation_prompts:
+            rewards = None if self.inputs.reward_fn is None else Rewards([CalledSource(self.inputs.reward_fn)])
             metrics |= evaluate(
-                self.engine,
-                self.inputs.validation_prompts,
+                from_prompts(self.engine, self.inputs.validation_prompts, rewards, self.tokenizer),
                 self.validations,
-                self.inputs.reward_fn,
                 self.inputs.metric_fn,
                 self.tokenizer,
                 mode=self.config.exp_manager.checkpoint_callback_params.mode,
+                samples_path=self.validation_path(),
             )
         return metrics
+
+    def write_values(self, step: int) -> None:
+        """Histograms of Q, target Q and V of the actions of some dialogues, the same ones each time: validation's, or
+        training's where it has none. For the report, in ``values/step_N.jsonl``."""
+        dialogues = (self.inputs.validation_dialogues or self.inputs.dialogues)[:_VALIDATION_ROWS]
+        tokens, mask, lengths, _ = self.batch(dialogues)
+        values = self.model.action_values(self.model.cut(tokens, mask, lengths, range(len(lengths))), tokens)
+        edges, counts = histograms({name: value[mask] for name, value in values.items()}, _NUM_BINS)
+        records = [{"name": name, "edges": edges, "counts": of_bins} for name, of_bins in counts.items()]
+        write_records(self.run_dir / "values" / f"step_{step}.jsonl", records)
 
     def _validation_loss(self) -> Metrics:
         totals: dict[str, float] = {}

@@ -41,9 +41,10 @@ def play(
     *,
     max_sequence_length: int,
     max_turns: int | None = None,
+    first: int = 0,
 ) -> list[Episode]:
-    """One episode with each of ``env(0)``, ``env(1)``, ..., each data-parallel rank its share; all of them, in order,
-    on every rank. All ranks call it.
+    """One episode with each of ``env(first)``, ``env(first + 1)``, ..., each data-parallel rank its share; all of them,
+    in order, on every rank. All ranks call it. The number also keys an episode's sampling noise.
 
     An episode ends when its environment says so, after ``max_turns`` turns, or where another turn of
     ``sampling.max_new_tokens`` would not fit in ``max_sequence_length`` tokens (the engine's).
@@ -56,7 +57,7 @@ def play(
     if max_turns is not None and max_turns < 1:
         raise ValueError(f"max_turns={max_turns}: give at least 1, or None for no limit.")
     table = _Table(env, tokenizer, sampling, max_sequence_length, max_turns)
-    mine = range(num_episodes)[state.dp_rank() :: state.dp_size()]
+    mine = range(first, first + num_episodes)[state.dp_rank() :: state.dp_size()]
     requests = _together(lambda: table.begin(mine))[state.dp_rank()]
 
     def run() -> list[Episode]:
@@ -71,16 +72,27 @@ def play(
 class _Course:
     """An episode so far."""
 
-    turns: list[str]
-    token_ids: list[int]
-    action_mask: list[bool]
+    turns: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    action_mask: list[bool] = field(default_factory=list)
+    token_rewards: list[float] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
     done: bool = False
 
-    def say(self, text: str, token_ids: Sequence[int], is_action: bool) -> None:
+    def observe(self, text: str, token_ids: Sequence[int]) -> None:
         self.turns.append(text)
+        self._append(token_ids, False)
+
+    def act(self, text: str, token_ids: Sequence[int], reward: float) -> None:
+        self.turns.append(text)
+        self._append(token_ids, True)
+        self.rewards.append(reward)
+        self.token_rewards[-1] = reward
+
+    def _append(self, token_ids: Sequence[int], is_action: bool) -> None:
         self.token_ids += token_ids
         self.action_mask += [is_action] * len(token_ids)
+        self.token_rewards += [0.0] * len(token_ids)
 
 
 class _Table:
@@ -108,7 +120,8 @@ class _Table:
             ids = encode(self._tokenizer, text, start=True)
             if not ids:
                 raise ValueError(f"reset() of environment {index} returned a text without tokens: give at least one.")
-            self._courses[index] = _Course([text], list(ids), [False] * len(ids))
+            course = self._courses[index] = _Course()
+            course.observe(text, ids)
             requests.append(Request(Prompt(tuple(ids), text), index))
         return requests
 
@@ -120,20 +133,19 @@ class _Table:
     def episode(self, index: int) -> Episode:
         course = self._courses[index]
         turns, ids, mask = tuple(course.turns), tuple(course.token_ids), tuple(course.action_mask)
-        return Episode(turns, ids, mask, tuple(course.rewards), course.done)
+        return Episode(turns, ids, mask, tuple(course.rewards), tuple(course.token_rewards), course.done)
 
     def _continue(self, sample: Sample, text: str, reward: float, done: bool) -> list[int] | None:
         course = self._courses[sample.sample_index]
         action = self._tokenizer.decode(list(sample.response_ids), clean_up_tokenization_spaces=False)
-        course.say(action, sample.response_ids, True)
-        course.rewards.append(reward)
+        course.act(action, sample.response_ids, reward)
         course.done = done
         ids = encode(self._tokenizer, text, start=False)
         is_full = len(course.rewards) == self._max_turns or len(course.token_ids) + len(ids) > self._longest
         if done or is_full:
             self._environments.pop(sample.sample_index, None)
             return None
-        course.say(text, ids, False)
+        course.observe(text, ids)
         return ids
 
     def _reset(self, index: int) -> str:

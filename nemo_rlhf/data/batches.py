@@ -18,15 +18,21 @@ def pad_tokens(rows: Sequence[Sequence[int]], pad_id: int, multiple_of: int = 1)
     return _pad(rows, [[True] * len(row) for row in rows], pad_id, multiple_of)
 
 
+def pad_for_scores(rows: Sequence[Sequence[int]], pad_id: int) -> Batch:
+    """As ``pad_tokens``, with the mask True on each row's last token, which is where a reward model scores it."""
+    return _pad(rows, [[False] * (len(row) - 1) + [True] for row in rows], pad_id, 1)
+
+
 def pad_texts(texts: Sequence[Text], pad_id: int, multiple_of: int = 1) -> Batch:
     """As ``pad_tokens``, with the texts' ``loss_mask`` as the mask."""
     return _pad([text.token_ids for text in texts], [text.loss_mask for text in texts], pad_id, multiple_of)
 
 
 def pad_samples(samples: Sequence[Sample], pad_id: int, multiple_of: int = 1) -> Batch:
-    """As ``pad_tokens`` for prompt and response together, with the mask True on response tokens (EOS included)."""
+    """As ``pad_tokens`` for prompt and response together, with the mask True on sampled tokens (EOS included)."""
     rows = [sample.prompt.token_ids + sample.response_ids for sample in samples]
-    masks = [[False] * len(s.prompt.token_ids) + [True] * len(s.response_ids) for s in samples]
+    sampled = [s.action_mask or [True] * len(s.response_ids) for s in samples]
+    masks = [[False] * len(s.prompt.token_ids) + [*mask] for s, mask in zip(samples, sampled, strict=True)]
     return _pad(rows, masks, pad_id, multiple_of)
 
 

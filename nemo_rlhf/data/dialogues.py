@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from nemo_rlhf.data.records import Source, finite_reward, read_records, rewards_of
-from nemo_rlhf.data.texts import Piece, pieces_of
+from nemo_rlhf.data.texts import Piece, is_done, pieces_of
 from nemo_rlhf.types import Dialogue
 
 TooLong = Literal["truncate", "refuse"]
@@ -29,6 +29,7 @@ def read_dialogues(
     with "reward" or "rewards" beside it; what is learned there are the agent's tokens here. ``rewards`` gives those of
     a sequence of records that have none themselves. They are one number for the whole dialogue, a list of one for each
     of the agent's turns, or a list of one for each of its tokens; a number falls on the last token of what it is for.
+    ``"done": false`` in a record says that it was cut off before its end (a limit on turns or on length).
 
     ``too_long``: what becomes of a dialogue of more than ``max_sequence_length`` tokens. "truncate" takes whole turns
     from its start (a first token that is BOS stays) and leaves out a dialogue whose last turn alone is too long; one
@@ -58,7 +59,7 @@ def read_dialogues(
             pieces, scored = _shorten(pieces, scored, max_sequence_length, tokenizer)
             num_cut, num_lost = num_cut + bool(pieces), num_lost + (not pieces)
         if pieces:
-            dialogues.append(_join(pieces, scored))
+            dialogues.append(_join(pieces, scored, is_done(where, record)))
     if num_cut or num_lost:
         warnings.warn(
             f"Of {len(records)} dialogues, {num_cut} lost their first turns to data.max_sequence_length="
@@ -146,9 +147,10 @@ def _shorten(
     return pieces, scored
 
 
-def _join(pieces: Sequence[Piece], scored: Sequence[Sequence[float]]) -> Dialogue:
+def _join(pieces: Sequence[Piece], scored: Sequence[Sequence[float]], done: bool) -> Dialogue:
     return Dialogue(
         token_ids=tuple(token for ids, _ in pieces for token in ids),
         action_mask=tuple(is_action for ids, is_action in pieces for _ in ids),
         rewards=tuple(reward for rewards in scored for reward in rewards),
+        done=done,
     )

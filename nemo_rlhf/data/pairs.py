@@ -31,6 +31,11 @@ def read_pairs(source: Source, tokenizer: Any, max_sequence_length: int) -> list
             raise ValueError(
                 f'{where} is a {type(record).__name__}, and must be an object with "chosen" and "rejected".'
             )
+        if record.get("score") is not None and record.get("chosen") is None:
+            raise ValueError(
+                f"{where} is a scored response, and reward_model.loss=bradley_terry learns from compared ones: set "
+                "reward_model.loss=regression."
+            )
         if record.get("text") is not None and record.get("chosen") is None:
             halves.append((where, record))
             if len(halves) % 2:

@@ -86,9 +86,17 @@ def pieces_of(where: str, record: Any, tokenizer: Any) -> list[Piece]:
     else:
         raise missing_field(where, record, FIELDS)
     last, _ = pieces[-1]  # every form ends in what is learned
-    if not last or last[-1] != tokenizer.eos_token_id:
+    if is_done(where, record) and (not last or last[-1] != tokenizer.eos_token_id):
         last.append(tokenizer.eos_token_id)
     return pieces
+
+
+def is_done(where: str, record: Any) -> bool:
+    """Whether a record came to its end, as all do that do not say ``"done": false``: they were cut off."""
+    done = record.get("done") if isinstance(record, dict) else None
+    if done is not None and not isinstance(done, bool):
+        raise ValueError(f'{where}: "done" is {done!r}, and must be true, or false where the text was cut off.')
+    return done is not False
 
 
 def _prompt_and_response(where: str, prompt: Any, response: Any, tokenizer: Any) -> list[Piece]:

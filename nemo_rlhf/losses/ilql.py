@@ -21,6 +21,7 @@ def ilql_loss(
     logprobs: Tensor,
     rewards: Tensor,
     is_last: Tensor,
+    is_cut: Tensor,
     *,
     tau: float,
     gamma: float,
@@ -46,6 +47,8 @@ def ilql_loss(
         values: [N] of the states before the actions. ``logprobs``: [N] of the actions under the policy.
         rewards: [N] given for each action.
         is_last: bool [N], the dialogue's last action; actions of a dialogue lie side by side, in order.
+        is_cut: bool [N], the last action of a dialogue that was cut off before its end: what follows is unknown, so it
+            has no part in ``L_Q``.
         normalizer: number of actions over all microbatches and ranks.
         returns: [N] Monte-Carlo returns, which then take the place of ``r + gamma * V'``.
 
@@ -60,7 +63,7 @@ def ilql_loss(
         targets = rewards + gamma * following if returns is None else returns
         advantages = q_hat - values
         weights = (beta * advantages).exp()
-    errors = torch.stack([q - targets for q in q_taken])
+    errors = torch.stack([torch.where(is_cut, 0.0, q - targets) for q in q_taken])
     parts = {
         "loss/q": errors.square().sum(0),
         "loss/v": (tau - (q_hat < values).to(q_hat.dtype)).abs() * (q_hat - values).square(),
