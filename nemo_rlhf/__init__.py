@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["TrainResult", "__version__", "config", "play", "train"]
 
-_EXIT_STOPPED = 75
+_EXITS_AFTER_SAVING = (69, 75)
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,16 @@ def train(
     prompts: Sequence[Any] | str | None = None,
     eval_prompts: Sequence[Any] | str | None = None,
     metric_fn: Callable[..., dict[str, Any]] | None = None,
+    env: Callable[[int], Environment] | None = None,
     samples: Sequence[Any] | str | None = None,
     eval_samples: Sequence[Any] | str | None = None,
     rewards: Sequence[Any] | None = None,
     config: PPOConfig | SFTConfig | ILQLConfig | RFTConfig | None = None,
     stop_sequences: Sequence[str] = (),
+    logit_mask: Any = None,
 ) -> TrainResult:
-    """Train a model: PPO with ``reward_fn`` and ``prompts``, or RFT with an RFTConfig beside them, ILQL with
-    ``samples`` and ``rewards``, supervised fine-tuning with ``samples`` alone.
+    """Train a model: PPO with ``reward_fn`` and ``prompts`` or with ``env``, RFT with an RFTConfig beside the former,
+    ILQL with ``samples`` and ``rewards``, supervised fine-tuning with ``samples`` alone.
 
     The same program runs under ``python``, ``torchrun`` and ``srun``; under ``python`` with several devices it starts
     itself once for each, so what stands before this call runs in every process.
@@ -57,9 +59,11 @@ def train(
         model_path: Hugging Face directory or Megatron checkpoint.
         reward_fn: called as ``reward_fn(samples=, prompts=, outputs=, tokenizer=, **metadata)`` with lists of str;
             returns one number a sample, or a list with one a response token. With ``rewards`` it only scores the
-            samples of validation.
+            samples of validation. ``config`` may name a function or ``reward.sources`` instead.
         prompts, eval_prompts: strings, dicts with "prompt" and metadata, or a file of them. ILQL uses the latter only.
         metric_fn: called as ``reward_fn`` is; returns numbers, or lists of them, by name, logged as ``val/<name>``.
+        env: called with an episode's number; returns its environment, as in ``play``. The policy acts in it over
+            several turns, and what ``step`` gives for each is its reward (``environment.*`` in the configuration).
         samples: strings (all of it is learned), [prompt, output, prompt, output, ...] lists (outputs are learned),
             dicts as in SFT files, or a file of them. ``eval_samples``: the same, for the validation loss.
         rewards: of ``samples``, for offline reinforcement learning: for each one number, a list with one for each of
@@ -68,39 +72,33 @@ def train(
         config: from ``nemo_rlhf.config("ppo", "rft", "ilql" or "sft", overrides=[...])``; by default that with a run
             directory under ``runs/``, PPO where there are prompts.
         stop_sequences: strings that end a response, beside ``generation.stop``.
+        logit_mask: as in ``play``; limits what ILQL samples in validation.
 
     Raises:
         ValueError: wrong input, in one sentence.
-        SystemExit: with code 75, when a signal stopped the run after it saved.
+        SystemExit: when the run stopped after it saved: code 75, a signal; 69, a source of rewards stayed away.
     """
-    command = _command(reward_fn, samples, rewards, config)
+    online = {"reward_fn": reward_fn, "prompts": prompts, "eval_prompts": eval_prompts, "env": env}
+    offline = {"samples": samples, "eval_samples": eval_samples, "rewards": rewards}
+    both = {"metric_fn": metric_fn, "stop_sequences": stop_sequences or None, "logit_mask": logit_mask}
+    arguments: dict[str, Any] = {**online, **offline, **both}
+    given = {name: value for name, value in arguments.items() if value is not None}
+    command = _command(given, config)
     checked = _checked(command, config)
-    if command == "sft":
-        stops = stop_sequences or None
-        _refuse("samples", prompts=prompts, eval_prompts=eval_prompts, metric_fn=metric_fn, stop_sequences=stops)
-    else:
-        given = "rewards" if command == "ilql" else "reward_fn"
-        _refuse(given, eval_samples=eval_samples, **({"prompts": prompts} if command == "ilql" else {}))
-        checked.generation.stop = [*checked.generation.stop, *stop_sequences]
-    if command in ("ppo", "rft") and prompts is None and checked.data.prompts is None:
-        raise ValueError("train(reward_fn=...) needs prompts, as an argument or as data.prompts.")
     checked.model.restore_from = str(model_path)
+    _check_arguments(command, given, checked)
+    if command != "sft":
+        checked.generation.stop = [*checked.generation.stop, *stop_sequences]
 
     from nemo_rlhf.cli.launch import launch_if_needed
     from nemo_rlhf.cli.stop import heeded
 
     launch_if_needed(checked.trainer.devices, checked.trainer.num_nodes)
     with heeded():
-        from nemo_rlhf.cli.run import result_of, run_ilql, run_ppo, run_rft, run_sft
+        from nemo_rlhf.cli.run import result_of
 
-        score: dict[str, Any] = {"validation_prompts": eval_prompts, "reward_fn": reward_fn, "metric_fn": metric_fn}
-        if command in ("ppo", "rft"):
-            code = (run_ppo if command == "ppo" else run_rft)(checked, prompts=prompts, **score)
-        elif command == "ilql":
-            code = run_ilql(checked, train=samples, rewards=rewards, **score)
-        else:
-            code = run_sft(checked, train=samples, validation=eval_samples)
-    if code == _EXIT_STOPPED:
+        code = _run(command, checked, arguments)
+    if code in _EXITS_AFTER_SAVING:
         raise SystemExit(code)
     metrics, checkpoint = result_of(Path(checked.exp_manager.explicit_log_dir))
     return TrainResult(metrics, checkpoint, Path(checked.exp_manager.explicit_log_dir))
@@ -122,7 +120,7 @@ def play(
     ``generation.max_new_tokens``. What the environment says next is appended to the tokens that were sampled, whose
     key-value cache is kept. The same program runs under ``python``, ``torchrun`` and ``srun``; environments are made
     and called on one rank of each replica, and every rank returns the same episodes. They can be learned from again:
-    ``train(samples=[list(e.turns) for e in episodes], rewards=[list(e.rewards) for e in episodes])``.
+    ``train(samples=[{"turns": e.turns, "rewards": e.rewards, "done": e.done} for e in episodes], config=...)``.
 
     Args:
         model_path: Hugging Face directory or Megatron checkpoint.
@@ -162,20 +160,64 @@ def play(
     )
 
 
-def _command(reward_fn: Any, samples: Any, rewards: Any, config: Any) -> str:
+# What goes with each of the arguments of ``train`` that say what it is to do.
+_USES: dict[str, tuple[str, ...]] = {
+    "samples": ("eval_samples",),
+    "rewards": ("samples", "reward_fn", "eval_prompts", "metric_fn", "stop_sequences", "logit_mask"),
+    "reward_fn": ("prompts", "eval_prompts", "metric_fn", "stop_sequences"),
+    "env": ("metric_fn", "stop_sequences"),
+}
+
+
+def _has_env(given: Mapping[str, Any], config: Any) -> bool:
+    return "env" in given or (type(config).__name__ == "PPOConfig" and config.environment.function is not None)
+
+
+def _command(given: Mapping[str, Any], config: Any) -> str:
     """What the arguments of ``train`` ask for: "ppo", "rft", "ilql" or "sft"."""
-    if rewards is not None and samples is None:
+    if "rewards" in given and "samples" not in given:
         raise ValueError("train(rewards=...) needs samples, whose rewards they are.")
-    if rewards is not None or (samples is not None and type(config).__name__ == "ILQLConfig"):
+    if "rewards" in given or ("samples" in given and type(config).__name__ == "ILQLConfig"):
         return "ilql"
-    if (reward_fn is None) == (samples is None):
+    if _has_env(given, config):
+        return "ppo"
+    online = type(config).__name__ in ("PPOConfig", "RFTConfig")
+    has_reward = "reward_fn" in given or (online and bool(config.reward.function or config.reward.sources))
+    if has_reward == ("samples" in given):
         raise ValueError(
-            "train() needs either reward_fn and prompts, for PPO, or samples: with rewards for ILQL, alone for "
+            "train() needs either reward_fn and prompts, or env, for PPO, or samples: with rewards for ILQL, alone for "
             "supervised fine-tuning."
         )
-    if samples is not None:
+    if "samples" in given:
         return "sft"
     return "rft" if type(config).__name__ == "RFTConfig" else "ppo"
+
+
+def _check_arguments(command: str, given: Mapping[str, Any], config: Any) -> None:
+    """Raises ValueError for an argument that has no use beside the others, and for prompts that are missing."""
+    online = "env" if _has_env(given, config) else "reward_fn"
+    use = {"sft": "samples", "ilql": "rewards"}.get(command, online)
+    for name in given:
+        if name not in (use, *_USES[use]):
+            raise ValueError(f"train({use}=...) has no use for {name}: leave it out.")
+    if use == "reward_fn" and "prompts" not in given and config.data.prompts is None:
+        raise ValueError("train(reward_fn=...) needs prompts, as an argument or as data.prompts.")
+
+
+def _run(command: str, config: Any, arguments: Mapping[str, Any]) -> int:
+    """In this process, which is one rank of the job; returns the exit code."""
+    from nemo_rlhf.cli.run import run_ilql, run_ppo, run_rft, run_sft
+
+    if command == "sft":
+        return run_sft(config, train=arguments["samples"], validation=arguments["eval_samples"])
+    shared: dict[str, Any] = {name: arguments[name] for name in ("reward_fn", "metric_fn")}
+    shared["validation_prompts"] = arguments["eval_prompts"]
+    if command == "ilql":
+        ilql = {name: arguments[name] for name in ("rewards", "logit_mask")}
+        return run_ilql(config, train=arguments["samples"], **ilql, **shared)
+    if command == "rft":
+        return run_rft(config, prompts=arguments["prompts"], **shared)
+    return run_ppo(config, prompts=arguments["prompts"], env=arguments["env"], **shared)
 
 
 def _checked(command: str, config: PPOConfig | SFTConfig | ILQLConfig | RFTConfig | None) -> Any:
@@ -186,12 +228,6 @@ def _checked(command: str, config: PPOConfig | SFTConfig | ILQLConfig | RFTConfi
     if type(config).__name__ != f"{command.upper()}Config":
         raise ValueError(f'this call of train() needs a configuration from nemo_rlhf.config("{command}", ...).')
     return copy.deepcopy(config)
-
-
-def _refuse(given: str, **arguments: Any) -> None:
-    for name, value in arguments.items():
-        if value is not None:
-            raise ValueError(f"train({given}=...) has no use for {name}: leave it out.")
 
 
 def __getattr__(name: str) -> Any:

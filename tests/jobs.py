@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 _MARK = "NEMO_RLHF_TEST_JOB"
@@ -104,6 +105,19 @@ def rollouts_of(run_dir: Path) -> dict[str, list[dict[str, Any]]]:
     """What was sampled in each step."""
     files = sorted((run_dir / "rollouts").glob("step_*.jsonl"))
     return {file.stem: [json.loads(line) for line in file.read_text().splitlines()] for file in files}
+
+
+def assert_same_rollouts(found: Path, expected: Path) -> None:
+    """Of two runs under different cuts: every sample the same, and what models say of it but for rounding."""
+    of_models = ("kl", "advantage")
+    one, other = rollouts_of(found), rollouts_of(expected)
+    assert one.keys() == other.keys() and one
+    for step, samples in other.items():
+        assert len(one[step]) == len(samples)
+        for actual, sample in zip(one[step], samples, strict=True):
+            for name in of_models:
+                assert actual.pop(name) == pytest.approx(sample.pop(name), rel=1e-3, abs=2e-5), (step, name)
+            assert actual == sample
 
 
 def error_lines(stderr: str) -> list[str]:

@@ -33,6 +33,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     run = types.ModuleType("nemo_rlhf.cli.run")
     for name in ("run_sft", "run_ppo", "run_ilql", "run_rft", "run_reward", "run_generate"):
         setattr(run, name, recorder(name, 75 if name == "run_ppo" else 0))
+    serve = types.ModuleType("nemo_rlhf.cli.serve")
+    serve.run_serve_reward = recorder("run_serve_reward")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "nemo_rlhf.cli.serve", serve)
     convert = types.ModuleType("nemo_rlhf.convert")
     for name in ("import_hf", "export_hf"):
         setattr(convert, name, recorder(name, name))
@@ -69,7 +72,7 @@ def test_help_shows_an_example_and_exit_codes(command: str, capsys: pytest.Captu
     assert all(f"\n  {code} " in out for code in (0, 1, 2, 75))
 
 
-@pytest.mark.parametrize("command", ["sft", "ppo", "ilql", "rft", "reward", "generate"])
+@pytest.mark.parametrize("command", ["sft", "ppo", "ilql", "rft", "reward", "generate", "serve-reward"])
 def test_examples_in_help_are_valid(command: str, capsys: pytest.CaptureFixture[str], calls: list[Any]) -> None:
     with pytest.raises(SystemExit):
         main([command, "--help"])

@@ -166,7 +166,8 @@ def test_wrong_types_and_forms(override: str, words: str) -> None:
 
 
 def test_required_keys() -> None:
-    with pytest.raises(ValueError, match=r"data.prompts is not set: .* data.prompts=prompts.jsonl\.$"):
+    instead = r"\(or environment.function in place of data.prompts\)\.$"
+    with pytest.raises(ValueError, match=rf"data.prompts is not set: .* {instead}"):
         ppo("data.prompts=null")
     with pytest.raises(ValueError) as error:
         load("sft")

@@ -134,6 +134,12 @@ def test_signals_reach_every_rank_and_75_comes_back(tmp_path: Path, number: sign
     assert list(said(tmp_path).values()) == [f"stopped by {int(number)}"] * 3
 
 
+def test_ranks_that_end_together_with_69_have_said_why(tmp_path: Path) -> None:
+    program = start(tmp_path, "time.sleep(0.3 * RANK)\nsys.exit(69)")
+    _, err = program.communicate(timeout=60)
+    assert (program.returncode, err) == (69, "")
+
+
 def test_ctrl_c_reaches_every_rank_and_a_second_one_kills(tmp_path: Path) -> None:
     body = "signal.signal(signal.SIGINT, lambda *_: say('interrupted'))\nsay('ready')\nwhile True: time.sleep(1)"
     program = start(tmp_path, body)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_rlhf.rollout.score import load_reward_function, score
+from nemo_rlhf.rollout.named import load_function
+from nemo_rlhf.rollout.score import score
 from nemo_rlhf.types import Prompt, Rollout, Sample, Scored
 
 
@@ -175,7 +176,7 @@ def test_callable_objects_partials_and_empty_rollouts():
     assert score(Reward(), Rollout(()), None).scores.shape == (0,)
 
 
-def test_load_reward_function_from_the_current_directory(tmp_path, monkeypatch):
+def test_load_function_from_the_current_directory(tmp_path, monkeypatch):
     package = tmp_path / "some_rewards"
     package.mkdir()
     (package / "__init__.py").write_text("")
@@ -184,7 +185,7 @@ def test_load_reward_function_from_the_current_directory(tmp_path, monkeypatch):
     (package / "needy.py").write_text("import no_such_library\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    function = load_reward_function("some_rewards.good:reward")
+    function = load_function("some_rewards.good:reward")
     assert score(function, make_rollout(), None).scores.tolist() == [0.5] * 3
     for name, message in [
         ("some_rewards.good", "must have the form"),
@@ -197,7 +198,7 @@ def test_load_reward_function_from_the_current_directory(tmp_path, monkeypatch):
         ("some_rewards.needy:reward", "raised ModuleNotFoundError: No module named 'no_such_library'"),
     ]:
         with pytest.raises(ValueError, match=message) as caught:
-            load_reward_function(name)
+            load_function(name)
         assert "\n" not in str(caught.value)
 
 

@@ -153,8 +153,8 @@ def zero(outputs: list[str], **rest: Any) -> list[float]:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({}, "either reward_fn and prompts, for PPO, or samples"),
-        ({"reward_fn": zero, "prompts": ["a"], "samples": ["b"]}, "either reward_fn and prompts, for PPO, or samples"),
+        ({}, "either reward_fn and prompts, or env, for PPO"),
+        ({"reward_fn": zero, "prompts": ["a"], "samples": ["b"]}, "either reward_fn and prompts, or env, for PPO"),
         ({"rewards": [1.0]}, "needs samples, whose rewards they are"),
         ({"samples": ["a"], "rewards": [1.0], "prompts": ["b"]}, "has no use for prompts"),
         ({"samples": ["a"], "rewards": [1.0], "eval_samples": ["b"]}, "has no use for eval_samples"),

@@ -41,11 +41,13 @@ class _Steps(torch.utils.data.IterableDataset):
         self._algorithm = algorithm
 
     def __iter__(self) -> Iterator[int]:
-        return iter(range(self._algorithm.completed_steps, self._algorithm.max_steps))
+        first = self._algorithm.completed_steps - (self._algorithm.unvalidated is not None)
+        return iter(range(first, self._algorithm.max_steps))
 
 
 class Algorithm(LightningModule):
-    """``completed_steps``: steps done, over all resumptions; ``metrics``: those of the last one."""
+    """``completed_steps``: steps done, over all resumptions; ``metrics``: those of the last one; ``unvalidated``: those
+    of a step that is done and whose validation could not be."""
 
     def __init__(
         self, run_dir: Path, max_steps: int, val_check_interval: int, tokenizer: Any, tokenizer_dir: Path
@@ -56,6 +58,7 @@ class Algorithm(LightningModule):
         self.tokenizer, self.tokenizer_dir = tokenizer, tokenizer_dir
         self.completed_steps = 0
         self.metrics: Metrics = {}
+        self.unvalidated: Metrics | None = None
 
     @abstractmethod
     def run_step(self, step: int) -> Metrics:
@@ -85,6 +88,10 @@ class Algorithm(LightningModule):
     def load_loop_state(self, loaded: dict[str, Any]) -> None:
         """What ``loop_state`` gave."""
 
+    def validation_path(self) -> Path:
+        """Where the samples of this step's validation go."""
+        return self.run_dir / "validation" / f"step_{self.completed_steps}.jsonl"
+
     def not_finite(self, error: NonFiniteError, batch: Mapping[str, Any]) -> NonFiniteError:
         """Keep ``batch`` for inspection; the error to raise in the place of ``error``, which says where it is."""
         path = self.run_dir / f"bad_batch_step_{self.completed_steps + 1}.pt"
@@ -109,16 +116,23 @@ class Algorithm(LightningModule):
         optimizer.step(closure=lambda: self._step(int(batch)))
 
     def _step(self, step: int) -> None:
+        if self.unvalidated is None:
+            self.unvalidated = self._timed(step)
+            self.completed_steps = step + 1
+        metrics = self.unvalidated
+        last = self.completed_steps == self.max_steps
+        if self.val_check_interval and (self.completed_steps % self.val_check_interval == 0 or last):
+            metrics = metrics | self.validate()
+        self.unvalidated = None
+        self._log(metrics)
+
+    def _timed(self, step: int) -> Metrics:
         start = time.perf_counter()
         metrics = self.run_step(step)
         device.synchronize()
         metrics["time/total_s"] = time.perf_counter() - start
         metrics["memory/peak_mib"] = float(state.max_over_data_parallel(torch.tensor(device.peak_memory_mib())))
-        self.completed_steps = step + 1
-        last = self.completed_steps == self.max_steps
-        if self.val_check_interval and (self.completed_steps % self.val_check_interval == 0 or last):
-            metrics |= self.validate()
-        self._log(metrics)
+        return metrics
 
     def _log(self, metrics: Metrics) -> None:
         self.metrics = metrics
@@ -130,9 +144,15 @@ class Algorithm(LightningModule):
     def save_to(self, directory: Path) -> None:
         """Everything that the next step depends on, into an existing directory; all ranks call it."""
         self.save_models(directory)
-        loop = {"completed_steps": self.completed_steps, "rng": torch.get_rng_state(), **self.loop_state()}
+        loop = {
+            "completed_steps": self.completed_steps,
+            "unvalidated": self.unvalidated,
+            "rng": torch.get_rng_state(),
+            **self.loop_state(),
+        }
         checkpoint.save_object(loop, directory / _STATE)
-        identity = json.dumps({**self._identity(), "step": self.completed_steps, "metrics": self.metrics}, indent=1)
+        metrics = self.metrics if self.unvalidated is None else self.unvalidated
+        identity = json.dumps({**self._identity(), "step": self.completed_steps, "metrics": metrics}, indent=1)
 
         def write() -> None:
             (directory / _IDENTITY).write_text(identity)
@@ -154,7 +174,7 @@ class Algorithm(LightningModule):
                 )
         self.load_models(directory)
         loop = checkpoint.load_object(directory / _STATE)
-        self.completed_steps = loop["completed_steps"]
+        self.completed_steps, self.unvalidated = loop["completed_steps"], loop["unvalidated"]
         torch.set_rng_state(loop["rng"])
         self.load_loop_state(loop)
 

@@ -2,62 +2,99 @@
 
 from __future__ import annotations
 
-import json
-import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
+from nemo_rlhf.algorithms.samples import rollout_records, sample_records, total_scores, write_records
 from nemo_rlhf.generation.engine import Engine
 from nemo_rlhf.generation.sampling import SamplingParams
-from nemo_rlhf.parallel import checkpoint, state
+from nemo_rlhf.parallel import state
 from nemo_rlhf.rollout.collect import in_order, make_requests
-from nemo_rlhf.rollout.score import RewardFunction, call_metric, score
+from nemo_rlhf.rollout.experience import describe_turns
+from nemo_rlhf.rollout.score import Unavailable, call_metric
+from nemo_rlhf.rollout.sources import CalledSource, score_all
 from nemo_rlhf.types import Prompt, Request, Rollout, Sample, Scored
 
 Metrics = dict[str, float]
 # validation draws with noise of its own, whatever rollouts draw with the same seed
-_VALIDATION_INDEX = 2**40
+VALIDATION_INDEX = 2**40
+
+
+class CollectiveSource(Protocol):
+    """A source of rewards that all ranks run together: a reward model in this job."""
+
+    name: str
+    weight: float
+
+    def scores(self, samples: Sequence[Sample]) -> Tensor:
+        """Unweighted scores [samples] fp32 on the host. All ranks call it with the same samples; all get all scores."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """Where rewards come from: what one rank of each replica calls for its samples, and what all run for all."""
+
+    called: Sequence[CalledSource] = ()
+    collective: Sequence[CollectiveSource] = ()
 
 
 def sample_and_score(
     engine: Engine,
     requests: Sequence[Request],
     sampling: SamplingParams,
-    reward_fn: RewardFunction,
+    rewards: Rewards,
     tokenizer: Any,
 ) -> tuple[Scored, float]:
     """Sample the requests and score them, each data-parallel rank its share; the whole, in order, on every rank.
 
-    The reward function runs on one rank of each replica. Returns the scored rollout and the seconds that scoring took.
+    Returns the scored rollout and the seconds that scoring took.
 
     Raises:
-        ValueError: on every rank, where the reward function failed on any (see ``rollout.score``).
+        ValueError: on every rank, where a source failed on any (see ``rollout.score``).
+        Unavailable: the same, where a service stayed away.
     """
     mine = engine.generate(requests[state.dp_rank() :: state.dp_size()], sampling)
     start = time.perf_counter()
+    scored = _in_order(_on_leaders(lambda: score_all(rewards.called, Rollout(mine), tokenizer)))
+    for source in rewards.collective:
+        scores = source.scores(scored.rollout.samples)
+        by_source = {**scored.by_source, source.name: scores}
+        scored = replace(scored, scores=scored.scores + source.weight * scores, by_source=by_source)
+    return scored, time.perf_counter() - start
 
-    def work() -> Scored:
-        return score(reward_fn, Rollout(mine), tokenizer)
 
-    parts: list[Scored] = _on_leaders(work)
-    elapsed = time.perf_counter() - start
+def source_metrics(scored: Scored) -> Metrics:
+    """``reward/<name>``: mean score of each named source, unweighted; ``reward/<name>/fallbacks``: share of the samples
+    that got its fallback score."""
+    means = {f"reward/{name}": float(scores.mean()) for name, scores in scored.by_source.items()}
+    size = len(scored.rollout.samples)
+    return means | {f"reward/{name}/fallbacks": count / size for name, count in scored.fallbacks.items()}
+
+
+def _in_order(parts: Sequence[Scored]) -> Scored:
+    """The rollouts of all data-parallel ranks as one, in the order of their samples' indices."""
     samples = in_order([part.rollout.samples for part in parts])
-    scores = {s.sample_index: v for part in parts for s, v in zip(part.rollout.samples, part.scores, strict=True)}
-    merged = torch.stack([scores[sample.sample_index] for sample in samples])
+    places = [sample.sample_index for part in parts for sample in part.rollout.samples]
+    order = sorted(range(len(places)), key=places.__getitem__)
     dense = None
     if any(part.token_rewards is not None for part in parts):
-        by_index = {
-            sample.sample_index: rewards
-            for part in parts
-            for sample, rewards in zip(part.rollout.samples, part.token_rewards or _zeros(part), strict=True)
-        }
-        dense = tuple(by_index[sample.sample_index] for sample in samples)
-    return Scored(Rollout(samples), merged, dense), elapsed
+        rows = [rewards for part in parts for rewards in (part.token_rewards or _zeros(part))]
+        dense = tuple(rows[row] for row in order)
+    return Scored(
+        Rollout(samples),
+        torch.cat([part.scores for part in parts])[order],
+        dense,
+        {name: torch.cat([part.by_source[name] for part in parts])[order] for name in parts[0].by_source},
+        {name: sum(part.fallbacks[name] for part in parts) for name in parts[0].fallbacks},
+    )
 
 
 def sample(engine: Engine, requests: Sequence[Request], sampling: SamplingParams) -> tuple[Sample, ...]:
@@ -72,79 +109,75 @@ def _zeros(part: Scored) -> list[torch.Tensor]:
 
 
 def _on_leaders(work: Callable[[], Any]) -> list[Any]:
-    """What ``work`` gives on the leader of each replica, in their order, on every rank; or its ValueError on all."""
+    """What ``work`` gives on the leader of each replica, in their order, on every rank; or its ValueError, or that
+    something is unavailable, on all."""
     result: Any = None
-    failure: str | None = None
+    failure: tuple[type[Exception], str] | None = None
     if state.is_model_leader():
         try:
             result = work()
-        except ValueError as error:
-            failure = str(error)
+        except (ValueError, Unavailable) as error:
+            failure = Unavailable if isinstance(error, Unavailable) else ValueError, str(error)
     gathered = state.gather_objects(state.share_object((result, failure)))
-    for _, message in gathered:
-        if message is not None:
-            raise ValueError(message)
+    for _, failure in gathered:
+        if failure is not None:
+            kind, message = failure
+            raise kind(message)
     return [value for value, _ in gathered]
 
 
+def from_prompts(
+    engine: Engine, prompts: Sequence[Prompt], rewards: Rewards | None, tokenizer: Any
+) -> Callable[[SamplingParams], Scored | Rollout]:
+    """What ``evaluate`` looks at where there are prompts: a response to each, scored if there are rewards."""
+    requests = make_requests(prompts, 1, VALIDATION_INDEX)
+
+    def collect(sampling: SamplingParams) -> Scored | Rollout:
+        if rewards is None:
+            return Rollout(sample(engine, requests, sampling))
+        return sample_and_score(engine, requests, sampling, rewards, tokenizer)[0]
+
+    return collect
+
+
 def evaluate(
-    engine: Engine,
-    prompts: Sequence[Prompt],
+    collect: Callable[[SamplingParams], Scored | Rollout],
     variants: Sequence[tuple[str, dict[str, Any]]],
-    reward_fn: RewardFunction | None,
     metric_fn: Callable[..., dict[str, Any]] | None,
     tokenizer: Any,
     mode: str,
+    samples_path: Path,
 ) -> Metrics:
-    """``val/reward`` (where there is a reward function), ``val/response_length`` and ``val/<name>`` of what
-    ``metric_fn`` returns, for each variant of sampling, named by its suffix. In a sweep the plain names are those of
-    the best variant by reward (``mode``), or of the first.
+    """``val/reward`` and ``val/reward/<name>`` (where ``collect`` gives rewards), ``val/response_length``,
+    ``val/turns/mean`` of episodes, and ``val/<name>`` of what ``metric_fn`` returns, for each variant of sampling,
+    named by its suffix. In a sweep the plain names are those of the best variant by reward (``mode``), or of the first.
+    The samples go to ``samples_path``, with the variant as "sampling" in a sweep.
 
     Raises:
         ValueError: reward or metric function failed.
+        Unavailable: a source of rewards stayed away.
     """
     by_suffix: dict[str, Metrics] = {}
-    requests = make_requests(prompts, 1, _VALIDATION_INDEX)
+    records: list[dict[str, Any]] = []
     for suffix, values in variants:
-        sampling = SamplingParams(**values)
+        collected = collect(SamplingParams(**values))
         metrics = {}
-        if reward_fn is None:
-            rollout = Rollout(sample(engine, requests, sampling))
+        if isinstance(collected, Rollout):
+            rollout, sampled = collected, sample_records(collected.samples, {})
         else:
-            scored, _ = sample_and_score(engine, requests, sampling, reward_fn, tokenizer)
-            rollout, totals = scored.rollout, scored.scores.clone()
-            for row, rewards in enumerate(scored.token_rewards or ()):
-                totals[row] += rewards.sum()
-            metrics["val/reward"] = float(totals.mean())
-        lengths = [len(sample.response_ids) for sample in rollout.samples]
+            rollout, sampled = collected.rollout, rollout_records(collected)
+            metrics["val/reward"] = float(total_scores(collected).mean())
+            metrics |= {f"val/{name}": value for name, value in source_metrics(collected).items()}
+        lengths = [sample.num_sampled for sample in rollout.samples]
         metrics["val/response_length"] = sum(lengths) / len(lengths)
+        metrics |= {f"val/{name}": value for name, value in describe_turns(rollout.samples).items()}
         if metric_fn is not None:
             whole = _on_leaders(partial(call_metric, metric_fn, rollout, tokenizer))[0]
             metrics |= {f"val/{name}": value for name, value in whole.items()}
         by_suffix[suffix] = metrics
+        records += [{"sampling": suffix.removeprefix("@"), **record} if suffix else record for record in sampled]
+    write_records(samples_path, records)
     choose = max if mode == "max" else min
     best = choose(by_suffix.values(), key=lambda metrics: metrics.get("val/reward", 0.0))
     named = {f"{name}{suffix}": value for suffix, metrics in by_suffix.items() for name, value in metrics.items()}
     return {**best, **named}
-
-
-def write_samples(path: Path, scored: Scored) -> None:
-    """One JSON object a sample: prompt, response, score, how it ended, and the prompt's metadata."""
-
-    def write() -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as file:
-            for row, sample in enumerate(scored.rollout.samples):
-                dense = scored.token_rewards[row].sum() if scored.token_rewards is not None else 0.0
-                total = float(scored.scores[row] + dense)
-                record = {
-                    **sample.prompt.metadata,
-                    "prompt": sample.prompt.text,
-                    "response": sample.text,
-                    "score": total if math.isfinite(total) else None,
-                    "finish_reason": sample.finish_reason,
-                    "num_tokens": len(sample.response_ids),
-                }
-                file.write(json.dumps(record, default=str) + "\n")
-
-    checkpoint.on_rank_zero(write)

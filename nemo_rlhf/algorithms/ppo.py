@@ -10,17 +10,29 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from nemo_rlhf.algorithms.base import Algorithm, Metrics, PhaseTimer
-from nemo_rlhf.algorithms.evaluate import evaluate, sample_and_score, write_samples
+from nemo_rlhf.algorithms.episodes import group, play_and_score
+from nemo_rlhf.algorithms.evaluate import (
+    VALIDATION_INDEX,
+    Rewards,
+    evaluate,
+    from_prompts,
+    sample_and_score,
+    source_metrics,
+)
+from nemo_rlhf.algorithms.model_source import open_model_sources
+from nemo_rlhf.algorithms.play import Environment
+from nemo_rlhf.algorithms.ppo_losses import policy_objective, value_objective
 from nemo_rlhf.algorithms.roles import open_role, save_role
-from nemo_rlhf.algorithms.update_log import UpdateLog
+from nemo_rlhf.algorithms.samples import rollout_records, write_records
+from nemo_rlhf.algorithms.update_log import IDLE, UpdateLog
 from nemo_rlhf.config.architecture import Architecture
 from nemo_rlhf.config.sampling import sampling_sweep
 from nemo_rlhf.config.schema import PPOConfig
@@ -28,7 +40,6 @@ from nemo_rlhf.data.batches import pad_samples
 from nemo_rlhf.data.order import Stream
 from nemo_rlhf.generation.engine import Engine
 from nemo_rlhf.generation.sampling import SamplingParams
-from nemo_rlhf.losses.ppo import policy_loss, value_loss
 from nemo_rlhf.models.base import NonFiniteError
 from nemo_rlhf.models.critic import CriticModel
 from nemo_rlhf.models.policy import PolicyModel
@@ -36,44 +47,48 @@ from nemo_rlhf.models.reference import Reference, ResidentReference, SwappedRefe
 from nemo_rlhf.ops.kl import next_kl_coef
 from nemo_rlhf.ops.scaling import ScoreStatistics
 from nemo_rlhf.parallel import checkpoint
-from nemo_rlhf.parallel.gpt import GPT
 from nemo_rlhf.parallel.optimizer import ModelOptimizer
-from nemo_rlhf.parallel.schedule import Loss, Microbatch
+from nemo_rlhf.parallel.schedule import Loss
 from nemo_rlhf.rollout.collect import make_requests
-from nemo_rlhf.rollout.experience import Evaluation, build_experience
-from nemo_rlhf.rollout.score import RewardFunction
+from nemo_rlhf.rollout.experience import Evaluation, build_experience, describe_samples
+from nemo_rlhf.rollout.sources import CalledSource
 from nemo_rlhf.types import Experience, Prompt, Scored
 
+_PER_TOKEN = ("logprobs", "ref_logprobs", "advantages", "values", "returns")
 _EXACT = 1e-6  # CPU fp32 gives 0; kernels that depend on shapes, or bf16, do not
 _PERMUTATION_STREAM = 0x9E3779B97F4A7C15  # keeps shuffles apart from the data order of the same seed
 
 
 @dataclass(frozen=True)
 class PPOInputs:
-    """What PPO works on, beside its configuration. ``metric_fn`` is called like the reward function and returns
-    numbers, or lists of them, by name."""
+    """What PPO works on, beside its configuration: prompts and sources of rewards, or an environment for each episode's
+    number. ``metric_fn`` is called like the reward function and returns numbers, or lists of them, by name."""
 
     tokenizer: Any
     tokenizer_dir: Path
-    prompts: Sequence[Prompt]
-    reward_fn: RewardFunction
+    prompts: Sequence[Prompt] = ()
+    sources: Sequence[CalledSource] = ()
+    env: Callable[[int], Environment] | None = None
     validation_prompts: Sequence[Prompt] = ()
     metric_fn: Callable[..., dict[str, Any]] | None = None
 
 
 class PPO(Algorithm):
     policy: PolicyModel
-    critic: CriticModel
+    critic: CriticModel | None  # with ppo.advantage=gae only
     reference: Reference
 
     def __init__(self, config: PPOConfig, inputs: PPOInputs) -> None:
-        interval = config.trainer.val_check_interval if inputs.validation_prompts else 0
+        has_validation = inputs.validation_prompts or (inputs.env and config.environment.validation_episodes)
+        interval = config.trainer.val_check_interval if has_validation else 0
         run_dir = Path(config.exp_manager.explicit_log_dir)
         super().__init__(run_dir, config.trainer.max_steps, interval, inputs.tokenizer, inputs.tokenizer_dir)
         self.config, self.inputs = config, inputs
-        self.prompts = Stream(inputs.prompts, config.ppo.num_prompts, config.seed, config.data.shuffle)
+        if inputs.env is None:
+            self.prompts = Stream(inputs.prompts, config.ppo.num_prompts, config.seed, config.data.shuffle)
         rollout_sampling, self.validations = sampling_sweep(config.generation)
         self.sampling = SamplingParams(**rollout_sampling)
+        self.critic = None
         self.kl_coef = config.ppo.kl.coef
         self.statistics = ScoreStatistics()
         self.kl_at_start = float("nan")
@@ -87,31 +102,40 @@ class PPO(Algorithm):
 
         self.policy = open_policy()
         self.policy.make_trainable(model.optim, total)
-        self.critic = open_role(
-            CriticModel, model, model.critic.restore_from or model.restore_from, precision, config.seed
-        )
-        if self.critic.architecture.vocab_size != self.policy.architecture.vocab_size:
-            raise ValueError(
-                f"the critic in {model.critic.restore_from} has a vocabulary of {self.critic.architecture.vocab_size} "
-                f"and the policy one of {self.policy.architecture.vocab_size}: both must read the same tokens."
-            )
-        self.critic.make_trainable(model.critic.optim, total)
+        if config.ppo.advantage == "gae":
+            self.critic = self._open_critic(total)
         if config.ppo.reference == "swap":
             self.reference = SwappedReference(self.policy)
         else:
             self.reference = ResidentReference(self.policy, open_policy, "reference" in config.ppo.offload)
+        self.longest = self.policy.architecture.max_position_embeddings
+        if self.inputs.env is not None:
+            self.longest = min(self.longest, config.environment.max_sequence_length)
+        self.rewards = Rewards(self.inputs.sources, open_model_sources(config))
         self.engine = Engine(
             self.policy.gpt,
             self.tokenizer,
             num_slots=config.generation.num_slots,
-            max_sequence_length=self.policy.architecture.max_position_embeddings,
+            max_sequence_length=self.longest,
         )
         self.engine.check(make_requests(self.inputs.prompts, 1, 0), self.sampling)
         for _, values in self.validations:
             self.engine.check(make_requests(self.inputs.validation_prompts, 1, 0), SamplingParams(**values))
 
+    def _open_critic(self, total_steps: int) -> CriticModel:
+        model, config = self.config.model, self.config
+        source = model.critic.restore_from or model.restore_from
+        critic = open_role(CriticModel, model, source, config.trainer.precision, config.seed)
+        if critic.architecture.vocab_size != self.policy.architecture.vocab_size:
+            raise ValueError(
+                f"the critic in {model.critic.restore_from} has a vocabulary of {critic.architecture.vocab_size} "
+                f"and the policy one of {self.policy.architecture.vocab_size}: both must read the same tokens."
+            )
+        critic.make_trainable(model.critic.optim, total_steps)
+        return critic
+
     def on_fit_start(self) -> None:
-        if "critic" in self.config.ppo.offload:
+        if self.critic is not None and "critic" in self.config.ppo.offload:
             self.critic.weights_out()
         if "optimizer" in self.config.ppo.offload:
             for learner in self._learners():
@@ -127,23 +151,41 @@ class PPO(Algorithm):
         timer.metrics["time/score_s"] = score_s
         with timer("experience"):
             experience, metrics = self.experience(scored)
+        metrics |= source_metrics(scored)
         with timer("update"):
             metrics |= self.update(experience, step)
+        kl = self.config.ppo.kl
+        self.kl_coef = next_kl_coef(
+            self.kl_coef, metrics["kl/sequence"], kl.target, kl.horizon, len(experience.lengths)
+        )
         metrics |= timer.metrics
         responses = int(experience.response_mask.sum())
         metrics["perf/generated_tokens_per_s"] = responses / metrics["time/rollout_s"]
         metrics["perf/trained_tokens_per_s"] = (
             int(experience.lengths.sum()) * metrics["epochs"] / metrics["time/update_s"]
         )
-        write_samples(self.run_dir / "rollouts" / f"step_{step + 1}.jsonl", scored)
+        figures = describe_samples(experience, self.config.ppo.kl.estimator)
+        write_records(self.run_dir / "rollouts" / f"step_{step + 1}.jsonl", rollout_records(scored, figures))
         return metrics
 
     def collect(self, step: int) -> tuple[Scored, float]:
-        """Sample and score this step's prompts; the whole batch, on every rank, and the seconds scoring took."""
+        """Sample and score this step's prompts, or play its episodes; the whole batch, on every rank, and the seconds
+        that scoring took."""
         ppo = self.config.ppo
         first = step * ppo.num_prompts * ppo.samples_per_prompt
+        if self.inputs.env is not None:
+            env = group(self.inputs.env, ppo.samples_per_prompt, self.config.environment.validation_episodes)
+            return self._play(env, first, ppo.num_prompts * ppo.samples_per_prompt, self.sampling), 0.0
         requests = make_requests(self.prompts.batch(step), ppo.samples_per_prompt, first)
-        return sample_and_score(self.engine, requests, self.sampling, self.inputs.reward_fn, self.tokenizer)
+        return sample_and_score(self.engine, requests, self.sampling, self.rewards, self.tokenizer)
+
+    def _play(
+        self, env: Callable[[int], Environment], first: int, num_episodes: int, sampling: SamplingParams
+    ) -> Scored:
+        turns = self.config.environment.max_turns
+        return play_and_score(
+            self.engine, self.tokenizer, env, sampling, first, num_episodes, max_turns=turns, longest=self.longest
+        )
 
     def experience(self, scored: Scored) -> tuple[Experience, Metrics]:
         batch = pad_samples(scored.rollout.samples, self.tokenizer.pad_token_id)
@@ -159,8 +201,6 @@ class PPO(Algorithm):
         experience, self.statistics, metrics = build_experience(
             scored, batch, evaluation, self.config.ppo, self.kl_coef, self.statistics
         )
-        kl = self.config.ppo.kl
-        self.kl_coef = next_kl_coef(self.kl_coef, metrics["kl/sequence"], kl.target, kl.horizon, len(batch[2]))
         return experience, {**metrics, "check/kl_step0": self.kl_at_start}
 
     def evaluate_tokens(self, tokens: Tensor, mask: Tensor, lengths: Tensor) -> Evaluation:
@@ -172,28 +212,29 @@ class PPO(Algorithm):
         logprobs, entropy = self.policy.logprobs(microbatches, temperature, tokens)
         ref_logprobs = self.reference.logprobs(microbatches, temperature, tokens)
         with self._critic_on_device():
-            values = self.critic.values(microbatches, tokens)
-        return Evaluation(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, entropy=entropy)
+            values = None if self.critic is None else self.critic.values(microbatches, tokens)
+        return Evaluation(logprobs=logprobs, ref_logprobs=ref_logprobs, entropy=entropy, values=values)
 
     def update(self, experience: Experience, step: int) -> Metrics:
         """The inner epochs: critic and policy learn from minibatches of the whole batch."""
         ppo = self.config.ppo
-        log = UpdateLog()
+        log = UpdateLog(self._idle())
         with self._critic_on_device(), self._optimizers_on_device():
             for epoch in range(ppo.epochs):
                 for rows in self.minibatches(len(experience.lengths), step, epoch):
-                    tokens = int(experience.response_mask[rows].sum())
-                    sums, norm = self._learn(self.critic, experience, rows, self._value_loss(tokens))
-                    log.add("critic", sums, norm, tokens)
+                    tokens = int(experience.loss_mask[rows].sum())
+                    if self.critic is not None:
+                        self._learn(self.critic, experience, rows, tokens, value_objective(ppo, tokens), log)
                     if step >= ppo.critic_warmup_steps:
-                        sums, norm = self._learn(self.policy, experience, rows, self._policy_loss(tokens))
-                        log.add("policy", sums, norm, tokens)
+                        objective = policy_objective(ppo, self.sampling.temperature, self.kl_coef, tokens)
+                        self._learn(self.policy, experience, rows, tokens, objective, log)
                 log.end_epoch()
                 if ppo.target_kl is not None and log.last_kl > ppo.target_kl:
                     break
         metrics = log.metrics()
-        assert self.policy.learner is not None and self.critic.learner is not None
-        metrics |= {"lr/policy": self.policy.learner.last_lr, "lr/critic": self.critic.learner.last_lr}
+        for model in self._models():
+            assert model.learner is not None
+            metrics[f"lr/{model.role}"] = model.learner.last_lr
         if abs(metrics["check/ratio_step0"] - 1.0) > _EXACT and step == 0:
             warnings.warn(
                 f"ratios before the first update go up to {metrics['check/ratio_step0']:.6f} and should be 1: "
@@ -217,65 +258,45 @@ class PPO(Algorithm):
         ppo = self.config.ppo
         return ppo.epochs * (ppo.num_prompts * ppo.samples_per_prompt // ppo.minibatch_size)
 
+    def _idle(self) -> dict[str, Metrics]:
+        idle: dict[str, Metrics] = {model.role: IDLE[model.role] for model in self._models()}
+        if self.config.ppo.advantage == "grpo":
+            idle["policy"] = {**idle["policy"], "loss/kl": 0.0}
+        return idle
+
     def _learn(
-        self, model: PolicyModel | CriticModel, experience: Experience, rows: list[int], loss: Loss
-    ) -> tuple[dict[str, float], float]:
-        fields = {
-            "logprobs": experience.logprobs,
-            "values": experience.values,
-            "advantages": experience.advantages,
-            "returns": experience.returns,
-        }
-        microbatches = model.cut(experience.tokens, experience.response_mask, experience.lengths, rows, fields)
+        self,
+        model: PolicyModel | CriticModel,
+        experience: Experience,
+        rows: list[int],
+        tokens: int,
+        loss: Loss,
+        log: UpdateLog,
+    ) -> None:
+        """One optimizer step on the ``tokens`` of a minibatch; where there are none, only one of the schedule."""
+        assert model.learner is not None
+        if tokens == 0:
+            model.learner.scheduler.step(1)
+            return
+        batch = {name: value for name, value in vars(experience).items() if value is not None}
+        fields = {name: batch[name] for name in _PER_TOKEN if name in batch}
+        microbatches = model.cut(experience.tokens, experience.loss_mask, experience.lengths, rows, fields)
         try:
-            return model.learn(microbatches, loss)
+            log.add(model.role, *model.learn(microbatches, loss), tokens)
         except NonFiniteError as error:
-            kept = {name: value[rows] for name, value in vars(experience).items()}
+            kept = {name: value[rows] for name, value in batch.items()}
             raise self.not_finite(error, {**kept, "role": model.role}) from None
-
-    def _policy_loss(self, tokens: int) -> Loss:
-        ppo, temperature = self.config.ppo, self.sampling.temperature
-
-        def loss(gpt: GPT, hidden: Tensor, batch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
-            logprobs, entropy = gpt.vocab_logprobs(hidden, batch.tokens, batch.selected, temperature)
-            return policy_loss(
-                logprobs,
-                batch.fields["logprobs"],
-                batch.fields["advantages"],
-                torch.ones_like(batch.selected, dtype=torch.bool),
-                clip_low=ppo.clip_low,
-                clip_high=ppo.clip_high,
-                dual_clip=ppo.dual_clip,
-                entropy=entropy if ppo.entropy_coef else None,
-                entropy_coef=ppo.entropy_coef,
-                normalizer=tokens,
-            )
-
-        return loss
-
-    def _value_loss(self, tokens: int) -> Loss:
-        def loss(gpt: GPT, hidden: Tensor, batch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
-            return value_loss(
-                gpt.values(hidden, batch.tokens, batch.selected),
-                batch.fields["values"],
-                batch.fields["returns"],
-                torch.ones_like(batch.selected, dtype=torch.bool),
-                value_clip=self.config.ppo.value_clip,
-                normalizer=tokens,
-            )
-
-        return loss
 
     @contextmanager
     def _critic_on_device(self) -> Iterator[None]:
-        away = "critic" in self.config.ppo.offload and self.critic.weights_are_out
-        if away:
-            self.critic.weights_back()
+        away = self.critic if self.critic is not None and self.critic.weights_are_out else None
+        if away is not None:
+            away.weights_back()
         try:
             yield
         finally:
-            if away:
-                self.critic.weights_out()
+            if away is not None:
+                away.weights_out()
 
     @contextmanager
     def _optimizers_on_device(self) -> Iterator[None]:
@@ -289,19 +310,28 @@ class PPO(Algorithm):
                 learner.offload()
 
     def _learners(self) -> list[ModelOptimizer]:
-        return [learner for model in (self.policy, self.critic) if (learner := model.learner) is not None]
+        return [learner for model in self._models() if (learner := model.learner) is not None]
+
+    def _models(self) -> list[PolicyModel | CriticModel]:
+        """Those that learn."""
+        return [self.policy] if self.critic is None else [self.policy, self.critic]
 
     # ---- what Algorithm asks for
 
     def validate(self) -> Metrics:
+        if self.inputs.env is None:
+            collect = from_prompts(self.engine, self.inputs.validation_prompts, self.rewards, self.tokenizer)
+        else:
+            collect = partial(
+                self._play, self.inputs.env, VALIDATION_INDEX, self.config.environment.validation_episodes
+            )
         return evaluate(
-            self.engine,
-            self.inputs.validation_prompts,
+            collect,
             self.validations,
-            self.inputs.reward_fn,
             self.inputs.metric_fn,
             self.tokenizer,
             mode=self.config.exp_manager.checkpoint_callback_params.mode,
+            samples_path=self.validation_path(),
         )
 
     def architecture(self) -> Architecture:
@@ -320,12 +350,19 @@ class PPO(Algorithm):
 
     def save_models(self, directory: Path) -> None:
         with self._critic_on_device(), self._optimizers_on_device():
-            for model in (self.policy, self.critic):
+            for model in self._models():
                 save_role(model, directory / model.role, self.tokenizer_dir)
                 model.save_training_state(directory / "training" / model.role)
 
     def load_models(self, directory: Path) -> None:
+        has_critic = (directory / CriticModel.role).is_dir()
+        if has_critic != (self.critic is not None):
+            words = "a critic, for which there is no use" if has_critic else "no critic, which is needed"
+            raise ValueError(
+                f"the checkpoint {directory} has {words} with ppo.advantage={self.config.ppo.advantage}: continue with "
+                "the ppo.advantage that the run was started with, or use another exp_manager.explicit_log_dir."
+            )
         with self._critic_on_device(), self._optimizers_on_device():
-            for model in (self.policy, self.critic):
+            for model in self._models():
                 checkpoint.load_model(model.gpt, directory / model.role)
                 model.load_training_state(directory / "training" / model.role)

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from nemo_rlhf.algorithms.base import Metrics, PhaseTimer
-from nemo_rlhf.algorithms.evaluate import evaluate, sample_and_score, write_samples
+from nemo_rlhf.algorithms.evaluate import Rewards, evaluate, from_prompts, sample_and_score, source_metrics
+from nemo_rlhf.algorithms.model_source import open_model_sources
 from nemo_rlhf.algorithms.one_model import OneModel
 from nemo_rlhf.algorithms.roles import open_role
+from nemo_rlhf.algorithms.samples import rollout_records, total_scores, write_records
 from nemo_rlhf.algorithms.sft import token_loss
 from nemo_rlhf.config.sampling import sampling_sweep
 from nemo_rlhf.config.schema import RFTAlgorithmConfig, RFTConfig
@@ -28,7 +29,7 @@ from nemo_rlhf.generation.engine import Engine
 from nemo_rlhf.generation.sampling import SamplingParams
 from nemo_rlhf.models.policy import PolicyModel
 from nemo_rlhf.rollout.collect import make_requests
-from nemo_rlhf.rollout.score import RewardFunction
+from nemo_rlhf.rollout.sources import CalledSource
 from nemo_rlhf.types import Prompt, Sample, Scored
 
 _PERMUTATION_STREAM = 0xD1B54A32D192ED03  # keeps shuffles apart from the data order of the same seed
@@ -41,7 +42,7 @@ class RFTInputs:
     tokenizer: Any
     tokenizer_dir: Path
     prompts: Sequence[Prompt]
-    reward_fn: RewardFunction
+    sources: Sequence[CalledSource]
     validation_prompts: Sequence[Prompt] = ()
     metric_fn: Callable[..., dict[str, Any]] | None = None
 
@@ -88,6 +89,7 @@ class RFT(OneModel[PolicyModel]):
         # how many samples are kept is not known beforehand: schedules count as if all were
         self.updates_per_pass = -(-rft.num_prompts * rft.samples_per_prompt // model.global_batch_size)
         self.model.make_trainable(model.optim, self.max_steps * rft.improve_steps * self.updates_per_pass)
+        self.rewards = Rewards(self.inputs.sources, open_model_sources(config))
         self.engine = Engine(
             self.model.gpt,
             self.tokenizer,
@@ -103,17 +105,17 @@ class RFT(OneModel[PolicyModel]):
         with timer("rollout"):
             first = step * rft.num_prompts * rft.samples_per_prompt
             requests = make_requests(self.prompts.batch(step), rft.samples_per_prompt, first)
-            reward_fn = self.inputs.reward_fn
-            scored, score_s = sample_and_score(self.engine, requests, self.sampling, reward_fn, self.tokenizer)
+            scored, score_s = sample_and_score(self.engine, requests, self.sampling, self.rewards, self.tokenizer)
         timer.metrics["time/rollout_s"] -= score_s
         timer.metrics["time/score_s"] = score_s
         with timer("update"):
             updated = self.update(scored, step)
-        write_samples(self.run_dir / "rollouts" / f"step_{step + 1}.jsonl", scored)
+        write_records(self.run_dir / "rollouts" / f"step_{step + 1}.jsonl", rollout_records(scored))
         trained_tokens = updated.pop("trained_tokens")
         responses = sum(len(sample.response_ids) for sample in scored.rollout.samples)
         return {
             **_describe(scored),
+            **source_metrics(scored),
             **updated,
             **timer.metrics,
             "perf/generated_tokens_per_s": responses / timer.metrics["time/rollout_s"],
@@ -122,7 +124,7 @@ class RFT(OneModel[PolicyModel]):
 
     def update(self, scored: Scored, step: int) -> Metrics:
         """The passes: each learns from the samples that its percentile leaves, in batches of like size."""
-        rft, samples, totals = self.config.rft, scored.rollout.samples, _totals(scored)
+        rft, samples, totals = self.config.rft, scored.rollout.samples, total_scores(scored)
         tokens, mask, lengths = pad_samples(samples, self.tokenizer.pad_token_id)
         assert self.model.learner is not None
         scheduler = self.model.learner.scheduler
@@ -165,25 +167,17 @@ class RFT(OneModel[PolicyModel]):
 
     def validate(self) -> Metrics:
         return evaluate(
-            self.engine,
-            self.inputs.validation_prompts,
+            from_prompts(self.engine, self.inputs.validation_prompts, self.rewards, self.tokenizer),
             self.validations,
-            self.inputs.reward_fn,
             self.inputs.metric_fn,
             self.tokenizer,
             mode=self.config.exp_manager.checkpoint_callback_params.mode,
+            samples_path=self.validation_path(),
         )
 
 
-def _totals(scored: Scored) -> Tensor:
-    """One reward a sample [samples]; rewards a token are summed."""
-    if scored.token_rewards is None:
-        return scored.scores
-    return scored.scores + torch.stack([rewards.sum() for rewards in scored.token_rewards])
-
-
 def _describe(scored: Scored) -> Metrics:
-    totals, samples = _totals(scored), scored.rollout.samples
+    totals, samples = total_scores(scored), scored.rollout.samples
     return {
         "reward/mean": float(totals.mean()),
         "reward/std": float(totals.std(unbiased=False)),

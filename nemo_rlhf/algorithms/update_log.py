@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from nemo_rlhf.algorithms.base import Metrics
+
+# What a role's metrics are in a step in which it learns nothing: critic warm-up, or nothing but truncated responses.
+IDLE: dict[str, Metrics] = {
+    "policy": {"loss/policy": 0.0, "ratio/mean": 1.0, "clipfrac/policy": 0.0, "approx_kl": 0.0},
+    "critic": {"loss/value": 0.0, "clipfrac/value": 0.0},
+}
 
 
 class UpdateLog:
-    """Sums of the updates of one step, and what they come to per token."""
+    """Sums of the updates of one step, and what they come to per token. ``idle``: of each role that there is, the
+    metrics that it has, with their values where nothing is learned."""
 
-    def __init__(self) -> None:
+    def __init__(self, idle: Mapping[str, Metrics]) -> None:
+        self._idle = idle
         self._sums: dict[str, float] = {}
-        self._tokens: dict[str, int] = {}
-        self._norms: dict[str, list[float]] = {}
+        self._tokens = dict.fromkeys(idle, 0)
+        self._norms: dict[str, list[float]] = {role: [] for role in idle}
         self._epoch_kl = self._epoch_tokens = 0.0
         self._first_deviation: float | None = None
         self._largest_deviation = 0.0
@@ -29,8 +39,8 @@ class UpdateLog:
             self._epoch_tokens += tokens
         for name, value in sums.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
-        self._tokens[role] = self._tokens.get(role, 0) + tokens
-        self._norms.setdefault(role, []).append(norm)
+        self._tokens[role] += tokens
+        self._norms[role].append(norm)
 
     def end_epoch(self) -> None:
         self.last_kl = self._epoch_kl / max(1.0, self._epoch_tokens)
@@ -38,16 +48,11 @@ class UpdateLog:
         self.epochs += 1
 
     def metrics(self) -> Metrics:
-        """A step of critic warm-up leaves the policy as it is: its ratios are 1 and its losses 0."""
-        names = ("loss/policy", "ratio/mean", "clipfrac/policy", "approx_kl")
-        idle = {"loss/policy": 0.0, "ratio/mean": 1.0, "clipfrac/policy": 0.0, "approx_kl": 0.0}
-        policy_tokens = self._tokens.get("policy", 0)
-        metrics = {n: self._sums[n] / policy_tokens if policy_tokens else idle[n] for n in names}
-        for name in ("loss/value", "clipfrac/value"):
-            metrics[name] = self._sums[name] / self._tokens["critic"]
-        for role in ("policy", "critic"):
-            norms = self._norms.get(role, [0.0])
-            metrics[f"grad_norm/{role}"] = sum(norms) / len(norms)
+        metrics: Metrics = {}
+        for role, idle in self._idle.items():
+            tokens, norms = self._tokens[role], self._norms[role]
+            metrics |= {name: self._sums[name] / tokens for name in idle} if tokens else idle
+            metrics[f"grad_norm/{role}"] = sum(norms) / max(1, len(norms))
         metrics["ratio/max_deviation"] = self._largest_deviation
         metrics["check/ratio_step0"] = 1.0 + (self._first_deviation or 0.0)
         metrics["epochs"] = float(self.epochs)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import logging
 import os
 import sys
 import warnings
@@ -15,6 +16,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
+from nemo_rlhf.cli import help_text
 from nemo_rlhf.cli.launch import launch_if_needed
 from nemo_rlhf.cli.stop import heeded
 
@@ -23,92 +25,19 @@ EXIT_FAILED = 1
 EXIT_WRONG_INPUT = 2
 EXIT_STOPPED = 75
 
-EXIT_CODES = """\
-exit codes:
-  0    done
-  1    failed (a traceback says where); of convert verify: the two disagree
-  2    wrong input, a full disk or a NaN loss (one sentence says what and where)
-  75   stopped by SIGTERM or SIGUSR1 after saving: run the same command again to continue
-"""
-
-_PPO_HELP = """\
-example:
-  nemo-rlhf ppo model.restore_from=/models/llama-sft data.prompts=prompts.jsonl \\
-      reward.function=my_package.rewards:score exp_manager.explicit_log_dir=runs/ppo \\
-      trainer.devices=8 model.tensor_model_parallel_size=4 trainer.precision=bf16
-
-Every key with its default is in {conf}/ppo.yaml. The same command again continues an interrupted run.
-
-"""
-
-_SFT_HELP = """\
-example:
-  nemo-rlhf sft model.restore_from=/models/llama data.train=train.jsonl data.validation=validation.jsonl \\
-      exp_manager.explicit_log_dir=runs/sft trainer.devices=8 trainer.max_steps=1000
-
-Every key with its default is in {conf}/sft.yaml. The same command again continues an interrupted run.
-
-"""
-
-_ILQL_HELP = """\
-example:
-  nemo-rlhf ilql model.restore_from=/models/llama-sft data.train=dialogues.jsonl \\
-      exp_manager.explicit_log_dir=runs/ilql trainer.devices=8 trainer.max_steps=1000
-
-Every key with its default is in {conf}/ilql.yaml. The same command again continues an interrupted run.
-
-"""
-
-_RFT_HELP = """\
-example:
-  nemo-rlhf rft model.restore_from=/models/llama-sft data.prompts=prompts.jsonl \\
-      reward.function=my_package.rewards:score exp_manager.explicit_log_dir=runs/rft trainer.devices=8
-
-Every key with its default is in {conf}/rft.yaml. The same command again continues an interrupted run.
-
-"""
-
-_REWARD_HELP = """\
-example:
-  nemo-rlhf reward model.restore_from=/models/llama-sft data.train=pairs.jsonl data.validation=held_out.jsonl \\
-      exp_manager.explicit_log_dir=runs/reward trainer.devices=8 trainer.max_epochs=1 trainer.val_check_interval=50
-
-Every key with its default is in {conf}/reward.yaml. The same command again continues an interrupted run.
-
-"""
+# NeMo's telemetry is off by default and says so when it is imported, on every rank
+for _name in ("nv_one_logger.api.config", "nv_one_logger.training_telemetry.api.training_telemetry_provider"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
+# and megatron-core, in every module, that it found no accelerators, which nothing here requires
+warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")
 
 _TRAINING = {
-    "sft": ("supervised fine-tuning", _SFT_HELP),
-    "ppo": ("PPO with a reward function", _PPO_HELP),
-    "ilql": ("offline reinforcement learning from scored dialogues", _ILQL_HELP),
-    "rft": ("fine-tuning on the best of the policy's own samples", _RFT_HELP),
-    "reward": ("a reward model from compared responses", _REWARD_HELP),
+    "sft": ("supervised fine-tuning", help_text.SFT),
+    "ppo": ("PPO with a reward function", help_text.PPO),
+    "ilql": ("offline reinforcement learning from scored dialogues", help_text.ILQL),
+    "rft": ("fine-tuning on the best of the policy's own samples", help_text.RFT),
+    "reward": ("a reward model from compared or scored responses", help_text.REWARD),
 }
-
-_GENERATE_HELP = """\
-example:
-  nemo-rlhf generate runs/sft/checkpoints/best --prompts prompts.jsonl --out responses.jsonl \\
-      generation.temperature=0 generation.max_new_tokens=128 trainer.devices=2 model.tensor_model_parallel_size=2
-
-Every key with its default is in {conf}/generate.yaml.
-
-"""
-
-_REPORT_HELP = """\
-example:
-  nemo-rlhf report runs/ppo
-
-"""
-
-_CONVERT_HELP = """\
-examples:
-  nemo-rlhf convert import /models/Meta-Llama-3-8B checkpoints/llama3-8b
-  nemo-rlhf convert verify /models/Meta-Llama-3-8B checkpoints/llama3-8b
-  nemo-rlhf convert inspect runs/ppo/checkpoints/best
-  nemo-rlhf convert export runs/ppo/checkpoints/best exported/llama3-8b-ppo
-  nemo-rlhf convert export runs/ppo/checkpoints/best/critic exported/llama3-8b-critic
-
-"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -155,7 +84,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     parser = _Parser(
         prog="nemo-rlhf",
         description="Fine-tune language models with reinforcement learning, from a laptop to many nodes.",
-        epilog=f"example:\n  nemo-rlhf ppo --help\n\n{EXIT_CODES}",
+        epilog=f"example:\n  nemo-rlhf ppo --help\n\n{help_text.EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
@@ -165,7 +94,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
             name,
             help=summary,
             description=f"{summary[0].upper()}{summary[1:]}.",
-            epilog=text.replace("{conf}", _conf()) + EXIT_CODES,
+            epilog=text.replace("{conf}", _conf()) + help_text.EXIT_CODES,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         sub.set_defaults(run=run)
@@ -175,18 +104,24 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     for name, sub in training.items():
         sub.set_defaults(command=name)
         sub.add_argument("--config", metavar="FILE", help="yaml file laid over the defaults, yours or a shipped one")
-    generate = command("generate", "responses of a model to a file of prompts", _GENERATE_HELP, _generate)
+    generate = command("generate", "responses of a model to a file of prompts", help_text.GENERATE, _generate)
     generate.add_argument("checkpoint", metavar="CKPT_DIR", help="Megatron checkpoint or Hugging Face directory")
     generate.add_argument("--prompts", metavar="FILE", required=True, help="jsonl file or datasets directory")
     generate.add_argument("--out", metavar="FILE", required=True, help="jsonl file to write")
-    with_overrides = {**training, "generate": generate}
+    serve = command("serve-reward", "a reward model that answers over HTTP", help_text.SERVE_REWARD, _serve_reward)
+    serve.add_argument("checkpoint", metavar="CKPT_DIR", help="reward model: Megatron checkpoint or Hugging Face")
+    plan = command("plan", "how to cut a model over a cluster, and what that takes", help_text.PLAN, _plan)
+    plan.add_argument("--config", metavar="FILE", help="yaml file laid over the defaults")
+    plan.add_argument("--top", type=int, default=3, metavar="N", help="plans to show (default: %(default)s)")
+    plan.add_argument("--write", metavar="FILE", help="yaml file for the --config of the command that is planned for")
+    with_overrides = {**training, "generate": generate, "serve-reward": serve, "plan": plan}
     for sub in with_overrides.values():
         sub.add_argument("overrides", metavar="key=value", nargs="*", help="configuration keys, as in Hydra")
 
-    report = command("report", "one HTML page of a run: curves, samples, timings", _REPORT_HELP, _report)
+    report = command("report", "one HTML page of a run: curves, samples, timings", help_text.REPORT, _report)
     report.add_argument("run_dir", metavar="RUN_DIR", help="exp_manager.explicit_log_dir of the run")
 
-    _convert_parsers(command("convert", "convert, compare and describe checkpoints", _CONVERT_HELP, _convert))
+    _convert_parsers(command("convert", "convert, compare and describe checkpoints", help_text.CONVERT, _convert))
     return parser, with_overrides
 
 
@@ -198,7 +133,7 @@ def _convert_parsers(convert: _Parser) -> None:
             name,
             help=summary,
             description=f"{summary[0].upper()}{summary[1:]}.",
-            epilog=_CONVERT_HELP + EXIT_CODES,
+            epilog=help_text.CONVERT + help_text.EXIT_CODES,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         for place in places:
@@ -244,6 +179,27 @@ def _generate(options: argparse.Namespace) -> int:
     from nemo_rlhf.cli.run import run_generate
 
     return run_generate(cfg)
+
+
+def _serve_reward(options: argparse.Namespace) -> int:
+    from nemo_rlhf.config import load, quoted
+
+    cfg = load("serve-reward", [*options.overrides, f"model.restore_from={quoted(options.checkpoint)}"])
+    launch_if_needed(cfg.trainer.devices, cfg.trainer.num_nodes)
+    from nemo_rlhf.cli.serve import run_serve_reward
+
+    return run_serve_reward(cfg)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from nemo_rlhf.cli.plan import run_plan
+    from nemo_rlhf.config import load
+
+    cfg = load("plan", options.overrides, config_file=options.config)
+    print(run_plan(cfg, options.top, options.write and Path(options.write)), end="")
+    return EXIT_DONE
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -16,8 +16,10 @@ from rich.console import Console
 
 from nemo_rlhf.algorithms.base import Algorithm, stored_metrics
 from nemo_rlhf.cli import stop
+from nemo_rlhf.cli.samples import ROLLOUTS, read_jsonl, sample_files, samples_table, spread
 from nemo_rlhf.config.schema import CheckpointConfig
 from nemo_rlhf.parallel import checkpoint
+from nemo_rlhf.rollout.score import Unavailable
 
 CHECKPOINTS, BEST = "checkpoints", "best"
 
@@ -66,11 +68,18 @@ class StopSignals(Callback):
         stop.listen()  # once more: Lightning has put handlers of its own in place
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+        if self._is_requested(pl_module):
+            trainer.should_stop = True
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        if isinstance(exception, Unavailable):  # which every rank raises, and which a signal may have brought about
+            self._is_requested(pl_module)
+
+    def _is_requested(self, pl_module: Any) -> bool:
         noted = torch.tensor(float(stop.noted()), device=pl_module.device)
         dist.all_reduce(noted, op=dist.ReduceOp.MAX)
-        if noted:
-            self.requested = True
-            trainer.should_stop = True
+        self.requested = self.requested or bool(noted)
+        return self.requested
 
 
 class Checkpoints(Checkpoint):
@@ -82,6 +91,10 @@ class Checkpoints(Checkpoint):
 
     def __init__(self, run_dir: Path, config: CheckpointConfig, stop: StopSignals) -> None:
         self._run_dir, self._config, self._stop = Path(run_dir), config, stop
+        self._stored = 0  # the step whose state is on disk
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._stored = pl_module.completed_steps
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
         algorithm: Algorithm = pl_module
@@ -89,10 +102,19 @@ class Checkpoints(Checkpoint):
         due = step % self._config.every_n_train_steps == 0 or step == algorithm.max_steps
         better = self._is_among_best(algorithm.metrics.get(self._config.monitor))
         if due or better or self._stop.requested:
-            path = self._run_dir / CHECKPOINTS / f"step_{step}"
-            trainer.save_checkpoint(path)
-            self._prune()
-            dist.barrier()
+            self._save(trainer, step)
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Where a source of rewards stays away, what was done until then is kept. Every rank raises the same."""
+        step = pl_module.completed_steps
+        if isinstance(exception, Unavailable) and step != self._stored:
+            self._save(trainer, step)
+
+    def _save(self, trainer: Trainer, step: int) -> None:
+        trainer.save_checkpoint(self._run_dir / CHECKPOINTS / f"step_{step}")
+        self._stored = step
+        self._prune()
+        dist.barrier()
 
     def _sign(self) -> float:
         return 1.0 if self._config.mode == "max" else -1.0
@@ -134,7 +156,10 @@ class Checkpoints(Checkpoint):
 
 
 class Progress(Callback):
-    """One line a step on rank 0: where the run is, how it does, when it will end."""
+    """One line a step on rank 0: where the run is, how it does, when it will end; and every ``show_samples_every``
+    steps (0: never) a few of the samples that the step has left in ``run_dir``."""
+
+    NUM_SAMPLES = 4
 
     SHOWN = (
         ("loss", "loss"),
@@ -145,7 +170,8 @@ class Progress(Callback):
         ("val/loss", "val loss"),
     )
 
-    def __init__(self) -> None:
+    def __init__(self, run_dir: Path, show_samples_every: int) -> None:
+        self._run_dir, self._show_samples_every = run_dir, show_samples_every
         self._console = Console(stderr=True, highlight=False)
         self._started = (0, time.monotonic())
 
@@ -162,6 +188,9 @@ class Progress(Callback):
         left = (pl_module.max_steps - step) * elapsed / max(1, step - first)
         if trainer.is_global_zero:
             self._print(pl_module, f"{pl_module.metrics['time/total_s']:.1f} s  {_clock(left)} left")
+            if self._show_samples_every and step % self._show_samples_every == 0:
+                records = read_jsonl(sample_files(self._run_dir, ROLLOUTS)[step])
+                self._console.print(samples_table(spread(records, self.NUM_SAMPLES), f"samples of step {step}"))
 
     def _print(self, algorithm: Algorithm, timing: str) -> None:
         width = len(str(algorithm.max_steps))

@@ -22,7 +22,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 EXIT_STOPPED = 75  # a rank stopped by a signal after it saved
+EXIT_UNAVAILABLE = 69  # the same, because a source of rewards stayed away
 EXIT_WRONG_INPUT = 2
+_AGREED = (EXIT_UNAVAILABLE, EXIT_STOPPED)  # codes with which ranks end together
 
 GRACE_S = 5.0  # between SIGTERM and SIGKILL for the other ranks, when one has failed
 _POLL_S = 0.05
@@ -36,8 +38,8 @@ def launch_if_needed(num_local: int, num_nodes: int = 1) -> None:
     MASTER_ADDR and MASTER_PORT in the environment; where there is none yet, start ``num_local`` of them from this
     program's own command line, wait for them and exit with their code.
 
-    The exit code is 0, 75 when ranks stopped after saving, otherwise that of the rank that failed first (128 + n when
-    signal n killed it). Raises ValueError when the job has not ``num_local * num_nodes`` processes.
+    The exit code is 0, 75 or 69 when ranks stopped after saving, otherwise that of the rank that failed first (128 + n
+    when signal n killed it). Raises ValueError when the job has not ``num_local * num_nodes`` processes.
     """
     env = os.environ
     if "RANK" not in env and _started_by_srun(env):
@@ -169,14 +171,14 @@ def _watch(ranks: Sequence[subprocess.Popen[bytes]], pending: list[int]) -> int:
                 return 128 + signal.SIGINT  # the second Ctrl-C does not wait
             _signal(ranks, number)
         codes = [rank.poll() for rank in ranks]
-        failed = [rank for rank, code in enumerate(codes) if code not in (None, 0, EXIT_STOPPED)]
+        failed = [rank for rank, code in enumerate(codes) if code not in (None, 0, *_AGREED)]
         if failed:
             # Of several that ended since the last look, a killed one is the cause and an exit the consequence.
             culprit = min(failed, key=lambda rank: (codes[rank] or 0) > 0)
             _end_others(ranks, culprit)
             return _report(ranks, culprit)
         if None not in codes:
-            return EXIT_STOPPED if EXIT_STOPPED in codes else 0
+            return next((code for code in _AGREED if code in codes), 0)
         time.sleep(_POLL_S)
 
 

@@ -41,7 +41,18 @@ class Panel:
     stacked: bool = False
 
 
-def draw(panel: Panel) -> str:
+@dataclass(frozen=True)
+class Histogram:
+    """Distributions of several quantities over the same bins: counts by the name that the legend shows; ``edges`` has
+    one more."""
+
+    title: str
+    label: str
+    edges: tuple[float, ...]
+    counts: Mapping[str, tuple[float, ...]]
+
+
+def draw(panel: Panel | Histogram) -> str:
     """The panel as an ``<svg>`` element whose ids are its own, so that many fit in one page."""
     salt = hashlib.sha256(repr(panel.title).encode()).hexdigest()[:12]
     style: dict[Any, Any] = {
@@ -58,16 +69,14 @@ def draw(panel: Panel) -> str:
         figure = Figure(figsize=(4.6, 2.6), layout="constrained")
         axes = figure.add_subplot()
         axes.set_prop_cycle(color=_COLOURS)
-        if panel.stacked:
-            _stack(axes, panel.curves)
+        names = panel.counts if isinstance(panel, Histogram) else panel.curves
+        if isinstance(panel, Histogram):
+            _bins(axes, panel)
         else:
-            _lines(axes, panel)
-        axes.set_xlabel("step")
-        axes.set_ylabel(panel.label)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+            _curves(axes, panel)
         axes.grid(color=_GREY, alpha=0.2, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-        if len(panel.curves) > 1:
+        if len(names) > 1:
             figure.legend(frameon=False, fontsize=8, loc="outside upper left", ncols=4, columnspacing=1.2)
         buffer = io.StringIO()
         figure.patch.set_alpha(0)
@@ -83,6 +92,24 @@ def _own_ids(svg: str, salt: str) -> str:
     svg = re.sub(r'\bid="', f'id="{salt}-', svg)
     svg = re.sub(r'href="#', f'href="#{salt}-', svg)
     return svg.replace("url(#", f"url(#{salt}-")
+
+
+def _curves(axes: Axes, panel: Panel) -> None:
+    if panel.stacked:
+        _stack(axes, panel.curves)
+    else:
+        _lines(axes, panel)
+    axes.set_xlabel("step")
+    axes.set_ylabel(panel.label)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+
+
+def _bins(axes: Axes, panel: Histogram) -> None:
+    for name, counts in panel.counts.items():
+        shares = np.asarray(counts, dtype=float) / max(1.0, sum(counts))
+        axes.stairs(shares, panel.edges, label=name, linewidth=1.4)
+    axes.set_xlabel(panel.label)
+    axes.set_ylabel("share")
 
 
 def _lines(axes: Axes, panel: Panel) -> None:

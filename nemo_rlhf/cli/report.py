@@ -1,7 +1,8 @@
 """One self-contained HTML page of a run: curves, last values, samples, configuration.
 
-Reads only what a run leaves in its directory (``metrics.jsonl``, ``rollouts/step_N.jsonl``, ``config.yaml``) and
-imports no torch, so a report can be written on any machine, during a run or after a crash. Plots are inline SVG.
+Reads only what a run leaves in its directory (``metrics.jsonl``, ``rollouts/``, ``validation/``, ``values/``,
+``config.yaml``) and imports no torch, so a report can be written on any machine, during a run or after a crash. Plots
+are inline SVG.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_rlhf.cli.plots import Curve, Panel, draw
+from nemo_rlhf.cli.plots import Curve, Histogram, Panel, draw
+from nemo_rlhf.cli.report_samples import rollouts_section, validation_section
+from nemo_rlhf.cli.samples import VALUES, number, read_jsonl, sample_files
 
 PAGE_NAME = "report.html"
-NUM_SAMPLES = 24
-MAX_CHARACTERS = 1500
 
 Series = dict[str, Curve]
 
@@ -32,6 +33,7 @@ PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Explained variance of values", "", ("value/explained_variance",)),
     ("Response length", "tokens", ("response_length/mean",)),
     ("Responses that ended", "share", ("eos/share",)),
+    ("Responses that were cut", "share", ("truncated/share",)),
     ("Losses", "", ("loss", "loss/*")),
     ("Clipped share", "of tokens", ("clipfrac/*",)),
     ("Probability ratio", "", ("ratio/mean",)),
@@ -62,7 +64,7 @@ figcaption { font-weight: 600; } figure svg { width: 100%; height: auto; display
 table { border-collapse: collapse; width: 100%; }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th { color: var(--faint); font-weight: 600; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
-td.text { white-space: pre-wrap; overflow-wrap: anywhere; width: 42%; }
+td.text { white-space: pre-wrap; overflow-wrap: anywhere; width: 36%; } summary { cursor: pointer; margin: .4rem 0; }
 .values { columns: 3 300px; } .values table { break-inside: avoid; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem; overflow: auto; }
 """
@@ -85,26 +87,6 @@ def write_report(run_dir: str | Path) -> Path:
     unfinished.write_text(page, encoding="utf-8")
     os.replace(unfinished, path)
     return path
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a jsonl file. Raises ValueError with the number of the first bad line; only a last line that was
-    cut off in the middle passes, and is left out."""
-    rows: list[dict[str, Any]] = []
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}, line {number} is not valid JSON: repair or remove the line.") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number} is not a JSON object: repair or remove the line.")
-        rows.append(row)
-    return rows
 
 
 def _series(rows: Sequence[Mapping[str, Any]], path: Path) -> Series:
@@ -179,7 +161,9 @@ def _page(directory: Path, series: Series) -> str:
 <h1>{name}</h1><p class="sub">{len(steps)} steps, the last is {steps[-1]}. {_duration(series)}</p>
 <div class="cards">{_cards(series)}</div>
 <h2>Curves</h2><div class="plots">{figures}</div>
-{_samples(directory)}
+{_values(directory)}
+{rollouts_section(directory)}
+{validation_section(directory)}
 <h2>Last values</h2>{_last_values(series)}
 {_config(directory)}
 </body></html>
@@ -213,21 +197,19 @@ def _last_values(series: Series) -> str:
     return f"<table><tr><th>metric</th><th>value</th><th>at step</th></tr>{rows}</table>"
 
 
-def _samples(directory: Path) -> str:
-    files = {int(path.stem[5:]): path for path in directory.glob("rollouts/step_*.jsonl") if path.stem[5:].isdigit()}
-    if not files:
+def _values(directory: Path) -> str:
+    """What ILQL says of the actions in its data: distributions of Q, target Q and V, at first and at last."""
+    found = {step: records for step, path in sample_files(directory, VALUES).items() if (records := read_jsonl(path))}
+    if not found:
         return ""
-    step = max(files)
-    rows = read_jsonl(files[step])
-    shown = "".join(
-        f"<tr><td class='text'>{_text(row.get('prompt'), keep_end=True)}</td><td class='text'>"
-        f"{_text(row.get('response'))}</td><td class='number'>{number(row.get('score'))}</td>"
-        f"<td>{_text(row.get('finish_reason'))}</td><td class='number'>{number(row.get('num_tokens'))}</td></tr>"
-        for row in rows[:NUM_SAMPLES]
-    )
-    head = "<tr><th>prompt</th><th>response</th><th>score</th><th>end</th><th>tokens</th></tr>"
-    count = f"{min(len(rows), NUM_SAMPLES)} of {len(rows)}"
-    return f"<h2>Samples of step {step} ({count})</h2><table>{head}{shown}</table>"
+    plots = []
+    for step in sorted({min(found), max(found)}):
+        records = found[step]
+        counts = {str(record["name"]): tuple(record["counts"]) for record in records}
+        title = f"Values at step {step}"
+        histogram = Histogram(title, "value", tuple(records[0]["edges"]), counts)
+        plots.append(f"<figure><figcaption>{title}</figcaption>{draw(histogram)}</figure>")
+    return f"<h2>Values of the data's actions</h2><div class='plots'>{''.join(plots)}</div>"
 
 
 def _config(directory: Path) -> str:
@@ -236,20 +218,3 @@ def _config(directory: Path) -> str:
         return ""
     text = html.escape(path.read_text(encoding="utf-8"))
     return f"<h2>Configuration</h2><details><summary>config.yaml</summary><pre>{text}</pre></details>"
-
-
-def _text(value: Any, keep_end: bool = False) -> str:
-    """A text as HTML, cut to ``MAX_CHARACTERS``; of a long prompt the end says more than the beginning."""
-    text = "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    if len(text) > MAX_CHARACTERS:
-        text = "…" + text[-MAX_CHARACTERS:] if keep_end else text[:MAX_CHARACTERS] + "…"
-    return html.escape(text)
-
-
-def number(value: Any) -> str:
-    """A number as people read it; empty for anything else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return ""
-    if float(value).is_integer() and abs(value) < 1e7:
-        return f"{int(value)}"
-    return f"{value:.4g}"

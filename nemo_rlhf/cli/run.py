@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import atexit
 import json
-import logging
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-# NeMo's telemetry is off by default and says so at import, on every rank
-for _name in ("nv_one_logger.api.config", "nv_one_logger.training_telemetry.api.training_telemetry_provider"):
-    logging.getLogger(_name).setLevel(logging.ERROR)
-# and megatron-core, in every module, that it found no accelerators, which nothing here requires
-warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")
-
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
-from nemo.utils import logging as nemo_logging
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import OmegaConf
 
@@ -30,7 +20,7 @@ from nemo_rlhf.algorithms.evaluate import sample
 from nemo_rlhf.algorithms.ilql import ILQL, ILQLInputs
 from nemo_rlhf.algorithms.play import Environment, play
 from nemo_rlhf.algorithms.ppo import PPO, PPOInputs
-from nemo_rlhf.algorithms.reward import RewardTraining
+from nemo_rlhf.algorithms.reward import PairTraining, ScoreTraining
 from nemo_rlhf.algorithms.rft import RFT, RFTInputs
 from nemo_rlhf.algorithms.roles import open_role, open_tokenizer
 from nemo_rlhf.algorithms.sft import SFT
@@ -44,13 +34,12 @@ from nemo_rlhf.cli.callbacks import (
     stored_checkpoints,
 )
 from nemo_rlhf.cli.loggers import JsonlLogger
+from nemo_rlhf.cli.rank import begin, end
 from nemo_rlhf.cli.report import write_report
 from nemo_rlhf.config import dump
 from nemo_rlhf.config.sampling import sampling_values
 from nemo_rlhf.config.schema import (
-    BaseModelConfig,
     GenerateConfig,
-    HardwareConfig,
     ILQLConfig,
     ModelConfig,
     PPOConfig,
@@ -59,25 +48,26 @@ from nemo_rlhf.config.schema import (
     SFTConfig,
     TrainingConfig,
 )
+from nemo_rlhf.config.sources import read_sources
 from nemo_rlhf.convert.locate import read_architecture
 from nemo_rlhf.data.dialogues import read_dialogues, standardise
 from nemo_rlhf.data.pairs import read_pairs
 from nemo_rlhf.data.prompts import read_prompts, share_fields
 from nemo_rlhf.data.records import Source
+from nemo_rlhf.data.scores import read_scores
 from nemo_rlhf.data.texts import read_texts
 from nemo_rlhf.generation.engine import Engine
 from nemo_rlhf.generation.sampling import SamplingParams
 from nemo_rlhf.models.ilql import ILQLModel
 from nemo_rlhf.models.policy import PolicyModel
-from nemo_rlhf.parallel import state
 from nemo_rlhf.parallel.strategy import MegatronStrategy
 from nemo_rlhf.rollout.collect import make_requests
-from nemo_rlhf.rollout.score import RewardFunction, load_reward_function
+from nemo_rlhf.rollout.named import load_function
+from nemo_rlhf.rollout.score import RewardFunction, Unavailable
+from nemo_rlhf.rollout.sources import CalledSource, open_sources
 from nemo_rlhf.types import Episode
 
-EXIT_DONE, EXIT_STOPPED = 0, 75
-_NOISY = ("lightning.pytorch", "lightning.fabric", "megatron.core", "torch.distributed")
-_clean = False  # whether what this process last began has ended well
+EXIT_DONE, EXIT_UNAVAILABLE, EXIT_STOPPED = 0, 69, 75
 
 
 def run_ppo(
@@ -87,6 +77,7 @@ def run_ppo(
     prompts: Source | None = None,
     validation_prompts: Source | None = None,
     metric_fn: Callable[..., dict[str, Any]] | None = None,
+    env: Callable[[int], Environment] | None = None,
 ) -> int:
     """Run PPO in this process, which is one rank of the job; returns the exit code.
 
@@ -95,7 +86,15 @@ def run_ppo(
     Raises:
         ValueError: wrong input, the same on every rank.
     """
-    return _fit(PPO(config, PPOInputs(**_online(config, reward_fn, prompts, validation_prompts, metric_fn))), config)
+    if config.environment.function is not None:
+        env = load_function(config.environment.function, "environment.function")
+    if env is None:
+        inputs = PPOInputs(**_online(config, reward_fn, prompts, validation_prompts, metric_fn))
+    else:
+        begin(config.model, config.trainer, config.seed)
+        tokenizer, tokenizer_dir = open_tokenizer(config.model)
+        inputs = PPOInputs(tokenizer, tokenizer_dir, env=env, metric_fn=metric_fn)
+    return _fit(PPO(config, inputs), config)
 
 
 def run_rft(
@@ -118,8 +117,8 @@ def _online(
     metric_fn: Callable[..., dict[str, Any]] | None,
 ) -> dict[str, Any]:
     """The inputs of an algorithm that samples from prompts, once this process has become a rank of its job."""
-    reward_fn = reward_fn or load_reward_function(str(config.reward.function))
-    _begin(config.model, config.trainer, config.seed)
+    sources = _sources(config, reward_fn)
+    begin(config.model, config.trainer, config.seed)
     tokenizer, tokenizer_dir = open_tokenizer(config.model)
 
     def read(source: Source | None) -> Any:
@@ -134,14 +133,22 @@ def _online(
         "tokenizer_dir": tokenizer_dir,
         "prompts": training,
         "validation_prompts": validation,
-        "reward_fn": reward_fn,
+        "sources": sources,
         "metric_fn": metric_fn,
     }
 
 
+def _sources(config: PPOConfig | RFTConfig, reward_fn: RewardFunction | None) -> list[CalledSource]:
+    if not config.reward.sources:
+        return [CalledSource(reward_fn or load_function(str(config.reward.function)))]
+    if reward_fn is not None:
+        raise ValueError("reward.sources is set in the configuration and reward_fn given in Python: keep one of them.")
+    return open_sources(read_sources(config.reward.sources), stop.noted)
+
+
 def run_sft(config: SFTConfig, *, train: Source | None = None, validation: Source | None = None) -> int:
     """Run supervised fine-tuning; as ``run_ppo``."""
-    _begin(config.model, config.trainer, config.seed)
+    begin(config.model, config.trainer, config.seed)
     tokenizer, tokenizer_dir = open_tokenizer(config.model)
 
     data = config.data
@@ -165,11 +172,12 @@ def run_ilql(
     validation_prompts: Source | None = None,
     reward_fn: RewardFunction | None = None,
     metric_fn: Callable[..., dict[str, Any]] | None = None,
+    logit_mask: Any = None,
 ) -> int:
     """Run ILQL; as ``run_ppo``. ``rewards`` are those of ``train``."""
     if reward_fn is None and config.reward.function is not None:
-        reward_fn = load_reward_function(config.reward.function)
-    _begin(config.model, config.trainer, config.seed)
+        reward_fn = load_function(config.reward.function)
+    begin(config.model, config.trainer, config.seed)
     tokenizer, tokenizer_dir = open_tokenizer(config.model)
     data = config.data
 
@@ -191,23 +199,26 @@ def run_ilql(
         validation_prompts=() if prompts is None else read_prompts(prompts, tokenizer, data.max_prompt_length),
         reward_fn=reward_fn,
         metric_fn=metric_fn,
+        logit_mask=None if logit_mask is None else torch.as_tensor(logit_mask),
     )
     return _fit(ILQL(config, inputs), config)
 
 
 def run_reward(config: RewardModelConfig) -> int:
     """Train a reward model; as ``run_ppo``."""
-    _begin(config.model, config.trainer, config.seed)
+    begin(config.model, config.trainer, config.seed)
     tokenizer, tokenizer_dir = open_tokenizer(config.model)
+    regression = config.reward_model.loss == "regression"
+    kind, read = (ScoreTraining, read_scores) if regression else (PairTraining, read_pairs)
     limit, data = config.data.max_sequence_length, config.data
-    pairs = read_pairs(str(data.train), tokenizer, limit)
-    held_out = read_pairs(data.validation, tokenizer, limit) if data.validation else ()
-    return _fit(RewardTraining(config, tokenizer, tokenizer_dir, pairs, held_out), config)
+    examples: Any = read(str(data.train), tokenizer, limit)
+    held_out: Any = read(data.validation, tokenizer, limit) if data.validation else ()
+    return _fit(kind(config, tokenizer, tokenizer_dir, examples, held_out), config)
 
 
 def run_generate(config: GenerateConfig) -> int:
     """Write one response for each prompt to ``config.out``, as jsonl in the order of the prompts."""
-    _begin(config.model, config.trainer, 0)
+    begin(config.model, config.trainer, 0)
     tokenizer, _ = open_tokenizer(ModelConfig(**vars(config.model)))
     prompts = read_prompts(str(config.data.prompts), tokenizer, config.data.max_prompt_length)
     model = _open_sampler(config)
@@ -228,7 +239,7 @@ def run_generate(config: GenerateConfig) -> int:
                 }
                 file.write(json.dumps(record, default=str) + "\n")
         partial.replace(out)
-    return _end(EXIT_DONE)
+    return end(EXIT_DONE)
 
 
 def run_play(
@@ -241,7 +252,7 @@ def run_play(
     logit_mask: Any,
 ) -> list[Episode]:
     """As ``nemo_rlhf.play``, in this process, which is one rank of the job."""
-    _begin(config.model, config.trainer, 0)
+    begin(config.model, config.trainer, 0)
     tokenizer, _ = open_tokenizer(ModelConfig(**vars(config.model)))
     model = _open_sampler(config)
     longest = min(max_sequence_length, model.architecture.max_position_embeddings)
@@ -254,7 +265,7 @@ def run_play(
     )
     sampling = SamplingParams(**sampling_values(config.generation))
     episodes = play(engine, tokenizer, env, num_episodes, sampling, max_sequence_length=longest, max_turns=max_turns)
-    _end(EXIT_DONE)
+    end(EXIT_DONE)
     return episodes
 
 
@@ -272,35 +283,6 @@ def result_of(run_dir: Path) -> tuple[Metrics, Path]:
     return stored_metrics(last)[1], last
 
 
-def _leave() -> None:
-    """Part with the other ranks at the end of the process; after a failure they may no longer answer."""
-    if _clean and dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def _begin(model: BaseModelConfig, trainer: HardwareConfig, seed: int) -> None:
-    global _clean
-    _clean = False
-    atexit.unregister(_leave)
-    atexit.register(_leave)
-    state.set_environment_for_one_process()
-    state.initialize(
-        model.tensor_model_parallel_size,
-        model.pipeline_model_parallel_size,
-        seed,
-        timeout_s=trainer.timeout_s,
-        expert_parallel=model.expert_model_parallel_size,
-    )
-    for name in _NOISY:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.CRITICAL)  # what it logs, it raises too
-    nemo_logging.setLevel(nemo_logging.ERROR)
-    nemo_logging.captureWarnings(False)  # it would hold back ours as well
-    warnings.filterwarnings("ignore", module=r"(lightning|megatron|nemo|torch)\b")  # their own business
-    if dist.get_rank():
-        warnings.simplefilter("ignore")  # rank 0 says it for all
-
-
 def _fit(algorithm: Algorithm, config: TrainingConfig) -> int:
     run_dir = algorithm.run_dir
     if not config.exp_manager.resume_if_exists and stored_checkpoints(run_dir):
@@ -311,7 +293,9 @@ def _fit(algorithm: Algorithm, config: TrainingConfig) -> int:
     metrics = JsonlLogger(run_dir)
     stopping = StopSignals()
     checkpoints = Checkpoints(run_dir, config.exp_manager.checkpoint_callback_params, stopping)
-    callbacks: Sequence[Any] = [stopping, checkpoints, *([Progress()] if config.trainer.enable_progress_bar else [])]
+    show_samples_every = config.ppo.show_samples_every if isinstance(config, PPOConfig) else 0
+    progress = [Progress(run_dir, show_samples_every)] if config.trainer.enable_progress_bar else []
+    callbacks: Sequence[Any] = [stopping, checkpoints, *progress]
     trainer = Trainer(
         accelerator="gpu" if device.is_cuda() else "cpu",
         devices=config.trainer.devices,
@@ -351,20 +335,21 @@ def _fit(algorithm: Algorithm, config: TrainingConfig) -> int:
     metrics.rewind(done)
     if dist.get_rank() == 0:
         (run_dir / "config.yaml").write_text(dump(config))
-        if done >= algorithm.max_steps:
-            how = "raise trainer.max_steps (or max_epochs) to go on."
-            print(f"nemo-rlhf: {run_dir} has all {done} steps; {how}", file=sys.stderr)
+    code, said = EXIT_DONE, ""
     with stop.heeded():
-        trainer.fit(algorithm, ckpt_path=resume)
-    if dist.get_rank() == 0 and metrics.path.exists():
-        write_report(run_dir)
-    stopped = stopping.requested and algorithm.completed_steps < algorithm.max_steps
-    return _end(EXIT_STOPPED if stopped else EXIT_DONE)
-
-
-def _end(code: int) -> int:
-    """All ranks end together."""
-    global _clean
-    dist.barrier()
-    _clean = True
-    return code
+        try:
+            trainer.fit(algorithm, ckpt_path=resume)
+        except Unavailable as error:
+            code = EXIT_UNAVAILABLE
+            said = f"{error} Steps done and saved: {algorithm.completed_steps}; the same command goes on from there."
+        else:
+            if not algorithm.metrics:  # nothing was left to do
+                said = f"{run_dir} has all {done} steps; raise trainer.max_steps (or max_epochs) to go on."
+    if stopping.requested and (code or algorithm.completed_steps < algorithm.max_steps):
+        code = EXIT_STOPPED
+    if dist.get_rank() == 0:
+        if said:
+            print(f"nemo-rlhf: {said}", file=sys.stderr)
+        if metrics.path.exists():
+            write_report(run_dir)
+    return end(code)

@@ -21,6 +21,7 @@ from nemo_rlhf.config.schema import (
     PPOConfig,
     RewardModelConfig,
     RFTConfig,
+    ServeRewardConfig,
     SFTConfig,
 )
 from nemo_rlhf.config.validate import data_parallel_size, validate
@@ -33,6 +34,7 @@ __all__ = [
     "RFTConfig",
     "RewardModelConfig",
     "SFTConfig",
+    "ServeRewardConfig",
     "config_directory",
     "data_parallel_size",
     "dump",

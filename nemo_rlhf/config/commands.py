@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+from nemo_rlhf.config.plan import PlanConfig
 from nemo_rlhf.config.schema import (
+    Config,
     GenerateConfig,
     ILQLConfig,
     PPOConfig,
     RewardModelConfig,
     RFTConfig,
+    ServeRewardConfig,
     SFTConfig,
-    TrainingConfig,
 )
 
-COMMANDS: dict[str, type[TrainingConfig] | type[GenerateConfig]] = {
+COMMANDS: dict[str, type[Config] | type[PlanConfig]] = {
     "ppo": PPOConfig,
     "sft": SFTConfig,
     "ilql": ILQLConfig,
     "rft": RFTConfig,
     "reward": RewardModelConfig,
     "generate": GenerateConfig,
+    "serve-reward": ServeRewardConfig,
+    "plan": PlanConfig,
+}
+
+# What may be given in the place of a required key.
+ALTERNATIVES = {
+    "reward.function": ("reward.sources", "environment.function"),
+    "data.prompts": ("environment.function",),
 }
 
 # Keys without a default, in each command, and a value to show to whoever forgot one.
@@ -54,5 +64,11 @@ REQUIRED: dict[str, dict[str, str]] = {
         "model.restore_from": "/models/llama",
         "data.prompts": "prompts.jsonl",
         "out": "responses.jsonl",
+    },
+    "plan": {
+        "plan.model": "llama3-8b",
+    },
+    "serve-reward": {
+        "model.restore_from": "runs/reward/checkpoints/best",
     },
 }

@@ -7,14 +7,11 @@ own file, overrides.
 
 from __future__ import annotations
 
-import difflib
 import re
-import types
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, is_dataclass
-from functools import cache
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, overload
+from typing import Any, Literal, get_origin, overload
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -27,6 +24,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_rlhf.config.commands import COMMANDS
+from nemo_rlhf.config.keys import expected, nearest_key, schema_keys
+from nemo_rlhf.config.plan import PlanConfig
 from nemo_rlhf.config.schema import (
     Config,
     GenerateConfig,
@@ -34,6 +33,7 @@ from nemo_rlhf.config.schema import (
     PPOConfig,
     RewardModelConfig,
     RFTConfig,
+    ServeRewardConfig,
     SFTConfig,
 )
 from nemo_rlhf.config.validate import require_keys, validate
@@ -42,7 +42,6 @@ ConfigFile = str | Path | None
 Supplied = Collection[str]
 
 COMMAND_LINE = "from the command line"
-_TYPE_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
 
 @overload
@@ -79,12 +78,25 @@ def load(
 ) -> GenerateConfig: ...
 @overload
 def load(
-    command: str, overrides: Sequence[str] = (), *, config_file: ConfigFile = None, supplied: Supplied = ()
-) -> Config: ...
+    command: Literal["serve-reward"],
+    overrides: Sequence[str] = (),
+    *,
+    config_file: ConfigFile = None,
+    supplied: Supplied = (),
+) -> ServeRewardConfig: ...
+@overload
+def load(
+    command: Literal["plan"], overrides: Sequence[str] = (), *, config_file: ConfigFile = None, supplied: Supplied = ()
+) -> PlanConfig: ...
+@overload
 def load(
     command: str, overrides: Sequence[str] = (), *, config_file: ConfigFile = None, supplied: Supplied = ()
-) -> Config:
-    """The configuration of ``command`` ("ppo", "sft", "ilql", "rft", "reward" or "generate"), in its class.
+) -> Config | PlanConfig: ...
+def load(
+    command: str, overrides: Sequence[str] = (), *, config_file: ConfigFile = None, supplied: Supplied = ()
+) -> Config | PlanConfig:
+    """The configuration of ``command`` ("ppo", "sft", "ilql", "rft", "reward", "generate", "serve-reward" or "plan"),
+    in its class.
 
     ``overrides`` are Hydra's ``key=value``; ``config_file`` is a yaml file of the user, or the name of a shipped one
     (``examples/llama3_8b_ppo``); ``supplied`` names required keys that the caller has in memory ("data.prompts",
@@ -143,29 +155,6 @@ def find_config_file(name: str | Path) -> Path:
             return path.resolve()
     names = sorted(path.relative_to(shipped).with_suffix("").as_posix() for path in shipped.rglob("*.yaml"))
     raise ValueError(f"There is no configuration file {name}: give a path, or a shipped one of {', '.join(names)}.")
-
-
-@cache
-def schema_keys(schema: type) -> Mapping[str, Any]:
-    """Type of every key that holds a value, by dotted name."""
-    keys: dict[str, Any] = {}
-    for name, hint in get_type_hints(schema).items():
-        if is_dataclass(hint):
-            keys.update({f"{name}.{key}": inner for key, inner in schema_keys(hint).items()})  # type: ignore[arg-type]
-        else:
-            keys[name] = hint
-    return keys
-
-
-def nearest_key(key: str, keys: Collection[str]) -> str:
-    """The existing key that ``key`` was most likely meant to be, by spelling as a whole and of its last word."""
-
-    def likeness(candidate: str) -> float:
-        whole = difflib.SequenceMatcher(None, key, candidate).ratio()
-        last = difflib.SequenceMatcher(None, key.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
-        return whole + last
-
-    return max(keys, key=likeness)
 
 
 def _unknown(key: str, keys: Collection[str], source: str) -> ValueError:
@@ -282,16 +271,3 @@ def _show(value: Any) -> str:
 
 def _is_mapping(hint: Any) -> bool:
     return get_origin(hint) is dict
-
-
-def expected(hint: Any) -> str:
-    """A type hint of the schema in words."""
-    origin = get_origin(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(expected(inner) for inner in get_args(hint))
-    if origin is list:
-        inner = {int: "integers", float: "numbers", str: "texts"}[get_args(hint)[0]]
-        return f"a list of {inner}, as [a,b]"
-    if origin is dict:
-        return "a mapping, as {name: value}"
-    return _TYPE_WORDS.get(hint, "a value")

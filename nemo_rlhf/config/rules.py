@@ -8,6 +8,7 @@ from typing import Any
 Rule = tuple[str, Callable[[Any], bool]]
 
 INFINITY = float("inf")
+FUNCTION_NAME = r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*"  # package.module:name
 FRACTION: Rule = ("between 0 and 1", lambda x: 0 <= x <= 1)
 POSITIVE: Rule = ("greater than 0", lambda x: 0 < x < INFINITY)
 NOT_NEGATIVE: Rule = ("0 or more", lambda x: 0 <= x < INFINITY)

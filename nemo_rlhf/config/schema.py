@@ -12,6 +12,9 @@ from typing import Any
 
 from omegaconf import II, MISSING
 
+from nemo_rlhf.config.environment import EnvironmentConfig
+from nemo_rlhf.config.server import ServerConfig
+
 
 @dataclass
 class HardwareConfig:
@@ -20,7 +23,6 @@ class HardwareConfig:
     devices: int = 1  # processes (one GPU each) per node
     num_nodes: int = 1  # nodes of the job
     precision: str = "32"  # of weights and activations: "32" | "bf16"
-    enable_progress_bar: bool = True  # draw progress on the terminal of rank 0
     timeout_s: int = 1800  # seconds that a collective may wait for another rank before the job ends
 
 
@@ -29,6 +31,7 @@ class TrainerConfig(HardwareConfig):
     max_steps: int = 100  # steps of the whole run; in PPO one step is one iteration of rollout and update
     val_check_interval: int = 0  # validate every this many steps; 0: never
     log_every_n_steps: int = 1  # write metrics every this many steps
+    enable_progress_bar: bool = True  # draw progress on the terminal of rank 0
 
 
 @dataclass
@@ -96,6 +99,11 @@ class ModelConfig(BaseModelConfig):
 
 
 @dataclass
+class ServedModelConfig(BaseModelConfig):
+    micro_batch_size: int = 8  # samples in one forward pass of one data-parallel rank
+
+
+@dataclass
 class CriticConfig:
     restore_from: str | None = None  # a Megatron checkpoint or Hugging Face directory; null: the policy's start
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-6))
@@ -122,8 +130,10 @@ class PPOAlgorithmConfig:
     samples_per_prompt: int = 2  # responses to each prompt
     epochs: int = 1  # passes over each step's samples
     minibatch_size: int = II("model.global_batch_size")  # samples per optimizer step, over all data-parallel ranks
-    gamma: float = 1.0  # discount per token
-    lam: float = 0.95  # lambda of generalised advantage estimation
+    advantage: str = "gae"  # "gae" with a critic | "rloo" | "grpo": against a prompt's other samples, without one
+    scale_by_std: bool = True  # grpo: divide by the deviation of a prompt's scores
+    gamma: float = 1.0  # gae: discount per token
+    lam: float = 0.95  # gae: lambda of generalised advantage estimation
     clip_low: float = 0.2  # the ratio is clipped below at 1 - clip_low
     clip_high: float = 0.2  # and above at 1 + clip_high
     dual_clip: float | None = None  # bound on the ratio where the advantage is negative (> 1); null: none
@@ -132,13 +142,16 @@ class PPOAlgorithmConfig:
     kl: KLConfig = field(default_factory=KLConfig)
     reward_clip: float | None = 10.0  # scores are clipped to +- this; null: not at all
     reward_scaling: str = "none"  # "none" | "running" moments | "reference" moments of the first rollouts
-    whiten_advantages: bool = True  # to mean 0 and deviation 1 over the whole rollout batch
+    on_truncation: str = "keep"  # responses cut at max_new_tokens: "keep" | "mask" teach nothing | "penalise"
+    truncation_penalty: float = 1.0  # penalise: subtracted from their scores
+    whiten_advantages: bool | None = None  # to mean 0 and deviation 1 over the rollout batch; null: with gae only
     target_kl: float | None = (
         None  # stop a step's epochs when the policy moved this far from the rollout's; null: never
     )
     critic_warmup_steps: int = 0  # first steps in which only the critic learns
     reference: str = "resident"  # the frozen policy: "resident" on the device | "swap"ped in from host memory
     offload: list[str] = field(default_factory=list)  # kept in host memory while idle: optimizer, critic, reference
+    show_samples_every: int = 10  # show a few samples on the terminal every this many steps; 0: never
 
 
 @dataclass
@@ -179,7 +192,7 @@ class GenerationConfig(SamplingConfig):
 
 @dataclass
 class PPODataConfig:
-    prompts: str | None = MISSING  # jsonl file or `datasets` directory
+    prompts: str | None = None  # jsonl file or `datasets` directory
     validation_prompts: str | None = None  # the same; null: no validation
     max_prompt_length: int = 1024  # tokens; a longer prompt is an error
     shuffle: bool = True  # a new order every epoch, from `seed`
@@ -208,6 +221,7 @@ class ILQLAlgorithmConfig:
     two_qs: bool = True  # two Q heads, of which the lower one counts
     target: str = "td"  # what Q learns: "td" reward and V of the next state | "mc" Monte-Carlo return
     head_width: int | None = None  # hidden layer of the heads; null: twice the model's
+    value_trunk: bool = False  # V and Q heads stand on a trunk of their own, which starts as a copy of the policy's
     detach_heads: bool = False  # heads learn from the trunk, and teach it nothing
     num_layers_unfrozen: int = -1  # the last layers that learn; -1: all, 0: heads only
 
@@ -234,10 +248,15 @@ class ILQLDataConfig:
 
 
 @dataclass
-class PairDataConfig:
-    train: str | None = MISSING  # jsonl file or `datasets` directory of compared responses
+class RewardModelAlgorithmConfig:
+    loss: str = "bradley_terry"  # "bradley_terry" on compared responses | "regression" on scored ones
+
+
+@dataclass
+class RewardDataConfig:
+    train: str | None = MISSING  # jsonl file or `datasets` directory of compared or scored responses
     validation: str | None = None  # the same; null: no validation
-    max_sequence_length: int = 2048  # tokens of prompt and response; longer pairs are left out
+    max_sequence_length: int = 2048  # tokens of prompt and response; longer examples are left out
     shuffle: bool = True  # a new order every epoch, from `seed`
 
 
@@ -249,7 +268,10 @@ class GenerateDataConfig:
 
 @dataclass
 class RewardConfig:
-    function: str | None = MISSING  # "package.module:name" of (samples, prompts, outputs, tokenizer, **metadata)
+    """One of the two must be given."""
+
+    function: str | None = None  # "package.module:name" of (samples, prompts, outputs, tokenizer, **metadata)
+    sources: list[dict[str, Any]] = field(default_factory=list)  # functions, reward models, services (docs/rewards.md)
 
 
 @dataclass
@@ -267,6 +289,7 @@ class PPOConfig:
     model: PPOModelConfig = field(default_factory=PPOModelConfig)
     ppo: PPOAlgorithmConfig = field(default_factory=PPOAlgorithmConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     data: PPODataConfig = field(default_factory=PPODataConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
 
@@ -314,19 +337,16 @@ class RFTConfig:
     reward: RewardConfig = field(default_factory=RewardConfig)
 
 
-def _reward_exp_manager() -> ExpManagerConfig:
-    return ExpManagerConfig(checkpoint_callback_params=CheckpointConfig(monitor="val/accuracy"))
-
-
 @dataclass
 class RewardModelConfig:
     """Configuration of ``nemo-rlhf reward``."""
 
     seed: int = 1234  # of initialisation and data order
     trainer: OfflineTrainerConfig = field(default_factory=OfflineTrainerConfig)
-    exp_manager: ExpManagerConfig = field(default_factory=_reward_exp_manager)
+    exp_manager: ExpManagerConfig = field(default_factory=_loss_exp_manager)
     model: ModelConfig = field(default_factory=lambda: ModelConfig(optim=OptimConfig(lr=1e-5)))
-    data: PairDataConfig = field(default_factory=PairDataConfig)
+    reward_model: RewardModelAlgorithmConfig = field(default_factory=RewardModelAlgorithmConfig)
+    data: RewardDataConfig = field(default_factory=RewardDataConfig)
 
 
 @dataclass
@@ -340,5 +360,14 @@ class GenerateConfig:
     out: str | None = MISSING  # the jsonl file that is written
 
 
+@dataclass
+class ServeRewardConfig:
+    """Configuration of ``nemo-rlhf serve-reward``."""
+
+    trainer: HardwareConfig = field(default_factory=HardwareConfig)
+    model: ServedModelConfig = field(default_factory=ServedModelConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+
+
 TrainingConfig = PPOConfig | SFTConfig | ILQLConfig | RFTConfig | RewardModelConfig
-Config = TrainingConfig | GenerateConfig
+Config = TrainingConfig | GenerateConfig | ServeRewardConfig

@@ -10,9 +10,32 @@ from collections.abc import Collection
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_rlhf.config.commands import REQUIRED
-from nemo_rlhf.config.rules import COUNT, FRACTION, INFINITY, NOT_NEGATIVE, POSITIVE, Rule, has_key, value_of
-from nemo_rlhf.config.schema import Config, GenerateConfig, ILQLConfig, PPOConfig, RFTConfig, TrainingConfig
+from nemo_rlhf.config.commands import ALTERNATIVES, REQUIRED
+from nemo_rlhf.config.environment import check_environment
+from nemo_rlhf.config.plan import PlanConfig, check_plan
+from nemo_rlhf.config.rules import (
+    COUNT,
+    FRACTION,
+    FUNCTION_NAME,
+    INFINITY,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Rule,
+    has_key,
+    value_of,
+)
+from nemo_rlhf.config.schema import (
+    Config,
+    GenerateConfig,
+    ILQLConfig,
+    PPOConfig,
+    RFTConfig,
+    ServeRewardConfig,
+    TrainingConfig,
+)
+from nemo_rlhf.config.server import check_server
+from nemo_rlhf.config.sources import check_reward
+from nemo_rlhf.config.validate_ppo import check_advantage, check_offload, check_truncation
 from nemo_rlhf.config.validate_sampling import (
     check_rollout_temperature,
     check_sampling,
@@ -66,6 +89,8 @@ RANGES: dict[str, Rule] = {
     "ppo.reward_clip": ("greater than 0 or null", lambda x: 0 < x < INFINITY),
     "ppo.target_kl": ("greater than 0 or null", lambda x: 0 < x < INFINITY),
     "ppo.critic_warmup_steps": NOT_NEGATIVE,
+    "ppo.truncation_penalty": POSITIVE,
+    "ppo.show_samples_every": NOT_NEGATIVE,
     "ilql.tau": FRACTION,
     "ilql.gamma": FRACTION,
     "ilql.beta": NOT_NEGATIVE,
@@ -80,7 +105,12 @@ RANGES: dict[str, Rule] = {
     "rft.improve_steps": COUNT,
     "rft.start_percentile": FRACTION,
     "rft.end_percentile": FRACTION,
+    "environment.max_turns": COUNT,
+    "environment.validation_episodes": NOT_NEGATIVE,
     "generation.num_slots": COUNT,
+    "server.port": ("between 0 and 65535", lambda x: 0 <= x <= 65535),
+    "server.batch_size": COUNT,
+    "server.max_body_mib": COUNT,
     "generation.adv_clip": ("greater than 0 or null", lambda x: 0 < x < INFINITY),
     "data.max_prompt_length": COUNT,
     "data.top_percent": ("greater than 0 and at most 100", lambda x: 0 < x <= 100),
@@ -97,42 +127,63 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "model.activations_checkpoint_granularity": (None, "selective", "full"),
     "model.optim.sched.name": _SCHEDULES,
     "model.critic.optim.sched.name": _SCHEDULES,
+    "ppo.advantage": ("gae", "rloo", "grpo"),
+    "ppo.on_truncation": ("keep", "mask", "penalise"),
     "ppo.kl.estimator": ("k1", "k2", "k3", "abs"),
     "ppo.reward_scaling": ("none", "running", "reference"),
     "ppo.reference": ("resident", "swap"),
     "ilql.target": ("td", "mc"),
+    "reward_model.loss": ("bradley_terry", "regression"),
     "data.train_on": ("response", "all"),
     "data.too_long": ("truncate", "refuse"),
 }
-
-OFFLOADABLE = ("optimizer", "critic", "reference")
 
 
 def require_keys(node: DictConfig, command: str, supplied: Collection[str] = ()) -> None:
     """Raises ValueError that shows how to set the required keys that ``node`` lacks; ``supplied`` are those that
     the caller has in memory instead, and they must not be set as well."""
     examples = REQUIRED[command]
-    unset = [
-        key for key in examples if OmegaConf.is_missing(*_parent(node, key)) or OmegaConf.select(node, key) is None
-    ]
+    unset = [key for key in examples if not _is_set(node, key)]
+    alternatives = {
+        key: [name for name in others if OmegaConf.select(node, name.partition(".")[0]) is not None]
+        for key, others in ALTERNATIVES.items()
+        if key in examples
+    }
+    for key, others in alternatives.items():
+        given = [name for name in (key, *others) if _is_set(node, name)]
+        if len(given) > 1:
+            raise ValueError(f"{given[0]} and {given[1]} are both set: keep one of them.")
+        unset = [name for name in unset if name != key or not given]
     missing = [key for key in examples if key in unset and key not in supplied]
     if missing:
         example = " ".join(f"{key}={examples[key]}" for key in missing)
         verb = "is" if len(missing) == 1 else "are"
-        raise ValueError(f"{' and '.join(missing)} {verb} not set: add it to your yaml file or say, e.g., {example}.")
+        instead = "".join(
+            f" (or {' or '.join(others)} in place of {key})"
+            for key, others in alternatives.items()
+            if key in missing and others
+        )
+        raise ValueError(
+            f"{' and '.join(missing)} {verb} not set: add it to your yaml file or say, e.g., {example}{instead}."
+        )
     for key in supplied:
         if OmegaConf.select(node, key, throw_on_missing=False) is not None:
             raise ValueError(f"{key} is set in the configuration and given in Python too: keep one of them.")
 
 
-def validate(cfg: Config) -> None:
+def validate(cfg: Config | PlanConfig) -> None:
     """Raises ValueError for the first rule that ``cfg`` breaks; warns of what is allowed but rarely meant."""
+    if isinstance(cfg, PlanConfig):
+        check_plan(cfg)
+        return
     check_ranges(cfg)
     check_choices(cfg)
     check_sampling(cfg)
     check_world_size(cfg)
     check_expert_parallel(cfg)
-    if isinstance(cfg, GenerateConfig):
+    if isinstance(cfg, ServeRewardConfig):
+        check_server(cfg.server)
+    if isinstance(cfg, GenerateConfig | ServeRewardConfig):
         return
     check_sequence_parallel(cfg)
     check_betas(cfg)
@@ -146,11 +197,15 @@ def validate(cfg: Config) -> None:
         check_rollout_temperature(cfg)
         check_unguided(cfg)
         check_reward_function(cfg)
+        check_reward(cfg)
     if isinstance(cfg, RFTConfig):
         check_percentiles(cfg)
     if isinstance(cfg, PPOConfig):
+        check_environment(cfg)
         check_rollout_batch(cfg)
         check_offload(cfg)
+        check_advantage(cfg)
+        check_truncation(cfg)
         warn_truncated_rollouts(cfg)
 
 
@@ -258,12 +313,6 @@ def check_monitor(cfg: TrainingConfig) -> None:
         )
 
 
-def check_offload(cfg: PPOConfig) -> None:
-    for name in cfg.ppo.offload:
-        if name not in OFFLOADABLE:
-            raise ValueError(f"ppo.offload holds {name!r}: it may hold {', '.join(OFFLOADABLE)}.")
-
-
 def check_percentiles(cfg: RFTConfig) -> None:
     start, end = cfg.rft.start_percentile, cfg.rft.end_percentile
     if start > end:
@@ -282,11 +331,15 @@ def check_ilql_validation(cfg: ILQLConfig) -> None:
 
 def check_reward_function(cfg: PPOConfig | ILQLConfig | RFTConfig) -> None:
     function = cfg.reward.function
-    if function is not None and not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", function):
+    if function is not None and not re.fullmatch(FUNCTION_NAME, function):
         raise ValueError(
             f"reward.function={function} does not name a Python function: write package.module:name, such as "
             "my_package.rewards:score."
         )
+
+
+def _is_set(node: DictConfig, key: str) -> bool:
+    return not OmegaConf.is_missing(*_parent(node, key)) and OmegaConf.select(node, key) not in (None, [])
 
 
 def _parent(node: DictConfig, key: str) -> tuple[DictConfig, str]:

@@ -14,6 +14,7 @@ from nemo_rlhf.config.schema import (
     PPOConfig,
     RewardModelConfig,
     RFTConfig,
+    ServeRewardConfig,
     SFTConfig,
 )
 
@@ -29,7 +30,7 @@ _SAMPLING_RANGES: dict[str, Rule] = {
 
 def check_sampling(cfg: Config) -> None:
     """Types and ranges of sampling keys, whose lists are sweeps: at most one in all, only where validation exists."""
-    if isinstance(cfg, SFTConfig | RewardModelConfig):
+    if isinstance(cfg, SFTConfig | RewardModelConfig | ServeRewardConfig):
         return
     swept = [key for key in _sampling_keys(cfg) if isinstance(value_of(cfg, key), list)]
     if isinstance(cfg, GenerateConfig) and swept:

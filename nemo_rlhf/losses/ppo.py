@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nemo_rlhf.ops.kl import kl_estimate
+
 LOG_RATIO_LIMIT = 20.0
 
 
@@ -23,21 +25,26 @@ def policy_loss(
     dual_clip: float | None = None,
     entropy: Tensor | None = None,
     entropy_coef: float = 0.0,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
     normalizer: float | Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum over selected tokens of ``-min(rho * A, clip(rho, 1 - clip_low, 1 + clip_high) * A)``, over ``normalizer``.
 
     ``rho = exp(clamp(logprobs - old_logprobs, -20, 20))``. With ``dual_clip`` c > 1, where A < 0 the objective is
-    ``max(min(...), c * A)``. ``entropy`` (per token) is subtracted with weight ``entropy_coef``. ``normalizer``:
-    number of selected tokens over all microbatches and ranks.
+    ``max(min(...), c * A)``. ``entropy`` (per token) is subtracted with weight ``entropy_coef``. Where ``ref_logprobs``
+    is given, the k3 estimate of KL(policy || reference) is added with weight ``kl_coef``: GRPO's penalty, with a
+    gradient of its own instead of a place in the rewards. ``normalizer``: number of selected tokens over all
+    microbatches and ranks.
 
     Metrics are detached fp64 scalars, sums over this microbatch's selected tokens, to be added over microbatches and
     ranks and divided by the number of tokens: "loss/policy" (the surrogate alone), "ratio/mean", "clipfrac/policy"
     (tokens whose gradient the clip or the dual clip takes away), "approx_kl" (k3 of the old policy against the new
-    one), and "entropy/mean" where ``entropy`` is given. One is no sum: "ratio/max_deviation", the largest |rho - 1|,
-    which is **reduced by max**.
+    one), "entropy/mean" where ``entropy`` is given, and "loss/kl" (k3, unweighted) where ``ref_logprobs`` is. One is no
+    sum: "ratio/max_deviation", the largest |rho - 1|, which is **reduced by max**.
     Sources: Schulman et al. 2017, "Proximal Policy Optimization Algorithms"; Ye et al. 2020, "Mastering Complex
-    Control in MOBA Games with Deep Reinforcement Learning" (dual clip).
+    Control in MOBA Games with Deep Reinforcement Learning" (dual clip); Shao et al. 2024, "DeepSeekMath: Pushing the
+    Limits of Mathematical Reasoning in Open Language Models" (KL in the loss).
     """
     assert entropy is not None or entropy_coef == 0.0, "an entropy bonus needs the entropy"
     log_ratio = (_select(logprobs, mask) - _select(old_logprobs, mask)).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
@@ -65,6 +72,11 @@ def policy_loss(
         metrics["entropy/mean"] = _total(entropy)
         if entropy_coef != 0.0:
             total = total - entropy_coef * entropy.sum()
+    if ref_logprobs is not None:
+        kl = kl_estimate(_select(logprobs, mask), _select(ref_logprobs, mask), "k3")
+        metrics["loss/kl"] = _total(kl)
+        if kl_coef != 0.0:
+            total = total + kl_coef * kl.sum()
     return total / normalizer, metrics
 
 

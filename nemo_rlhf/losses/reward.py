@@ -1,4 +1,4 @@
-"""The loss of a reward model: of pairs that people compared."""
+"""Losses of a reward model: of pairs that people compared, and of texts that they gave scores."""
 
 from __future__ import annotations
 
@@ -30,5 +30,26 @@ def bradley_terry_loss(
         "score/mean": (chosen + rejected) / 2,
         "score/square": (chosen.square() + rejected.square()) / 2,
     }
+    totals = {name: value.detach().sum(dtype=torch.float64) for name, value in metrics.items()}
+    return losses.sum() / normalizer, totals
+
+
+def regression_loss(
+    predicted: Tensor, scores: Tensor, *, normalizer: float | Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """``(predicted - score)^2`` summed over texts, divided by ``normalizer``.
+
+    Args:
+        predicted: [texts] what the model says.
+        scores: [texts] what people say.
+        normalizer: number of texts over all microbatches and ranks.
+
+    Metrics are detached fp64 scalars, sums over this microbatch's texts: "loss", "mae" (absolute errors), "score/mean"
+    and "score/square" (of the model's scores).
+    Source: Wang et al. 2023, "HelpSteer", section 3 (one attribute).
+    """
+    errors = predicted - scores
+    losses = errors.square()
+    metrics = {"loss": losses, "mae": errors.abs(), "score/mean": predicted, "score/square": predicted.square()}
     totals = {name: value.detach().sum(dtype=torch.float64) for name, value in metrics.items()}
     return losses.sum() / normalizer, totals

@@ -1,4 +1,4 @@
-"""What the ranks of tests/test_reward.py do: learn from pairs under each cut of the same world."""
+"""What the ranks of tests/test_reward.py do: learn from pairs or scores under each cut of the same world."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_rlhf.algorithms.reward import pair_loss
+from nemo_rlhf.algorithms.reward import pair_loss, score_loss
 from nemo_rlhf.algorithms.roles import open_role
 from nemo_rlhf.models.reward import RewardModel
 from nemo_rlhf.parallel import checkpoint, state
@@ -27,20 +27,29 @@ def make_pairs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return tokens, mask, lengths, margins
 
 
-def train(cut: Cut, directory: Path, target: Path, micro_batch: int = 2) -> dict[str, Any]:
+def make_targets() -> Tensor:
+    """Scores [10] that somebody gave the same texts."""
+    return torch.randn(10, generator=torch.Generator().manual_seed(10)) * 2 + 0.5
+
+
+def train(cut: Cut, directory: Path, target: Path, micro_batch: int = 2, kind: str = "pairs") -> dict[str, Any]:
     """Three steps; scores before and after them; the trained model is left in ``target``."""
     config = config_of(cut, directory, micro_batch=micro_batch)
     model = open_role(RewardModel, config, str(directory), "32", SEED)
     model.make_trainable(OPTIM, TOTAL_STEPS)
     tokens, mask, lengths, margins = make_pairs()
+    together, loss, targets = 2, pair_loss(5), margins
+    if kind == "scores":
+        together, loss, targets = 1, score_loss(10), make_targets()[:, None].expand(tokens.shape)
 
     def scores() -> Tensor:
         return model.scores(model.cut(tokens, mask, lengths, range(10)), tokens)[mask]
 
     before, logged = scores(), []
     for _ in range(3):
-        microbatches = model.cut(tokens, mask, lengths, range(0, 10, 2), {"margins": margins}, together=2)
-        sums, norm = model.learn(microbatches, pair_loss(5))
+        rows = range(0, 10, together)
+        microbatches = model.cut(tokens, mask, lengths, rows, {"targets": targets}, together=together)
+        sums, norm = model.learn(microbatches, loss)
         logged.append({**sums, "norm": norm})
     checkpoint.on_rank_zero(lambda: target.mkdir(parents=True))
     checkpoint.save_model(model.gpt, target)

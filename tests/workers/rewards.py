@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import os
+import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
+
+HANGS_FOR = "3599.75"
 
 
 def count_a(outputs: list[str], letter: list[str], **rest: Any) -> list[float]:
@@ -71,3 +77,56 @@ def _bad_prompt() -> str:
 
 def constant(outputs: list[str], **rest: Any) -> list[float]:
     return [1.0] * len(outputs)
+
+
+def misbehaving(outputs: list[str], scale: float = 1.0, **rest: Any) -> list[Any]:
+    """The length of each output times ``scale``; what goes wrong where an output asks for it."""
+    for output in outputs:
+        if output == "exit":
+            os._exit(7)
+        elif output == "segfault":
+            signal.raise_signal(signal.SIGSEGV)
+        elif output == "hang":
+            subprocess.run(["sleep", HANGS_FOR], check=True)
+        elif output == "raise":
+            raise KeyError("no such word")
+        elif output == "odd":
+            return [object()]
+    return [scale * len(output) for output in outputs]
+
+
+async def slow_lengths(outputs: list[str], output_ids: list[list[int]], **rest: Any) -> list[Any]:
+    """A number for each token, after a moment in which other samples may be scored."""
+    await asyncio.sleep(0.01)
+    return [[float(len(output))] * len(ids) for output, ids in zip(outputs, output_ids, strict=True)]
+
+
+def vocabulary_size(samples: list[str], tokenizer: Any, **rest: Any) -> list[float]:
+    return [float(len(tokenizer))] * len(samples)
+
+
+def process_id(samples: list[str], **rest: Any) -> list[float]:
+    return [float(os.getpid())] * len(samples)
+
+
+def judged(prompts: list[str], outputs: list[str], directory: str, **rest: Any) -> list[float]:
+    """What transformers says of each text: the logit of a sequence classification model at EOS."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model, tokenizer = _judge(directory, AutoModelForSequenceClassification, AutoTokenizer)
+    scores = []
+    for prompt, output in zip(prompts, outputs, strict=True):
+        ids = tokenizer(f"{prompt}{output}<eos>", return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            scores.append(float(model(input_ids=ids).logits[0, 0]))
+    return scores
+
+
+@functools.cache
+def _judge(directory: str, *kinds: Any) -> list[Any]:
+    return [kind.from_pretrained(directory) for kind in kinds]
+
+
+def exiting(prompts: list[str], **rest: Any) -> list[float]:
+    os._exit(3)

@@ -104,9 +104,9 @@ def _signalling(original: Any, step: int) -> Any:
 @contextlib.contextmanager
 def _nan_in(step: int, result: dict[str, Any]) -> Iterator[None]:
     """The policy's loss is NaN in ``step``; ``result`` tells whether its weights changed in that update."""
-    from nemo_rlhf.algorithms import ppo
+    from nemo_rlhf.algorithms import ppo, ppo_losses
 
-    original_loss, original_learn = ppo.policy_loss, ppo.PolicyModel.learn
+    original_loss, original_learn = ppo_losses.policy_loss, ppo.PolicyModel.learn
     at = {"step": 0}
 
     def loss(*arguments: Any, **keywords: Any) -> Any:
@@ -129,7 +129,7 @@ def _nan_in(step: int, result: dict[str, Any]) -> Iterator[None]:
         return original(self, number)
 
     with (
-        mock.patch.object(ppo, "policy_loss", loss),
+        mock.patch.object(ppo_losses, "policy_loss", loss),
         mock.patch.object(ppo.PolicyModel, "learn", learn),
         mock.patch.object(ppo.PPO, "run_step", run_step),
     ):
@@ -200,6 +200,15 @@ def train_api(payload: dict[str, str]) -> dict[str, Any]:
         prompts=["a ", "b "],
         config=config("ppo", "after", *rollouts, "model.init=pretrained"),
     )
+    sources = "reward.sources=[{kind: function, name: fit, function: 'nemo_rlhf.rollout.rules:regex_match', "
+    sources += "arguments: {pattern: a}}]"
+    sourced = nemo_rlhf.train(hf, prompts=["a ", "b "], config=config("ppo", "sourced", *rollouts, sources))
+    assert "reward/fit" in sourced.metrics
+    try:
+        nemo_rlhf.train(hf, reward_fn=_rising, prompts=["a "], config=config("ppo", "sourced", *rollouts, sources))
+        raise AssertionError("two rewards were taken")
+    except ValueError as error:
+        assert "reward.sources is set in the configuration and reward_fn given in Python" in str(error)
     for name, checkpoint in (("untouched", untouched.checkpoint), ("learned", learned.checkpoint)):
         assert cli.main(["convert", "export", str(checkpoint), str(root / f"{name}_hf")]) == 0
     prompts = ["--prompts", str(Path(hf).parent / "prompts.jsonl"), "--out", str(root / "ours.jsonl")]

@@ -1,0 +1,104 @@
+"""What ``nemo-rlhf COMMAND --help`` shows below its arguments: an example that works, and the exit codes."""
+
+from __future__ import annotations
+
+EXIT_CODES = """\
+exit codes:
+  0    done
+  1    failed (a traceback says where); of convert verify: the two disagree
+  2    wrong input, a full disk or a NaN loss (one sentence says what and where)
+  69   a reward service stayed away; everything is saved: run the same command again when it is back
+  75   stopped by SIGTERM or SIGUSR1 after saving: run the same command again to continue
+"""
+
+PPO = """\
+example:
+  nemo-rlhf ppo model.restore_from=/models/llama-sft data.prompts=prompts.jsonl \\
+      reward.function=my_package.rewards:score exp_manager.explicit_log_dir=runs/ppo \\
+      trainer.devices=8 model.tensor_model_parallel_size=4 trainer.precision=bf16
+
+Every key with its default is in {conf}/ppo.yaml. The same command again continues an interrupted run.
+
+"""
+
+SFT = """\
+example:
+  nemo-rlhf sft model.restore_from=/models/llama data.train=train.jsonl data.validation=validation.jsonl \\
+      exp_manager.explicit_log_dir=runs/sft trainer.devices=8 trainer.max_steps=1000
+
+Every key with its default is in {conf}/sft.yaml. The same command again continues an interrupted run.
+
+"""
+
+ILQL = """\
+example:
+  nemo-rlhf ilql model.restore_from=/models/llama-sft data.train=dialogues.jsonl \\
+      exp_manager.explicit_log_dir=runs/ilql trainer.devices=8 trainer.max_steps=1000
+
+Every key with its default is in {conf}/ilql.yaml. The same command again continues an interrupted run.
+
+"""
+
+RFT = """\
+example:
+  nemo-rlhf rft model.restore_from=/models/llama-sft data.prompts=prompts.jsonl \\
+      reward.function=my_package.rewards:score exp_manager.explicit_log_dir=runs/rft trainer.devices=8
+
+Every key with its default is in {conf}/rft.yaml. The same command again continues an interrupted run.
+
+"""
+
+REWARD = """\
+example:
+  nemo-rlhf reward model.restore_from=/models/llama-sft data.train=pairs.jsonl data.validation=held_out.jsonl \\
+      exp_manager.explicit_log_dir=runs/reward trainer.devices=8 trainer.max_epochs=1 trainer.val_check_interval=50
+
+Every key with its default is in {conf}/reward.yaml. The same command again continues an interrupted run.
+
+"""
+
+GENERATE = """\
+example:
+  nemo-rlhf generate runs/sft/checkpoints/best --prompts prompts.jsonl --out responses.jsonl \\
+      generation.temperature=0 generation.max_new_tokens=128 trainer.devices=2 model.tensor_model_parallel_size=2
+
+Every key with its default is in {conf}/generate.yaml.
+
+"""
+
+SERVE_REWARD = """\
+example:
+  nemo-rlhf serve-reward runs/reward/checkpoints/best server.host=0.0.0.0 server.port=0 \\
+      server.token_env=REWARD_TOKEN server.url_file=/shared/reward.url trainer.devices=2 \\
+      model.tensor_model_parallel_size=2
+
+Every key with its default is in {conf}/serve-reward.yaml. What it speaks is in docs/rewards.md.
+
+"""
+
+PLAN = """\
+examples:
+  nemo-rlhf plan plan.model=llama3-70b cluster.nodes=16
+  nemo-rlhf plan plan.model=/models/Meta-Llama-3-8B plan.algorithm=sft plan.response_tokens=3072 --top 1
+  nemo-rlhf plan plan.model=llama3-8b plan.num_prompts=1024 --write planned.yaml
+  nemo-rlhf ppo --config planned.yaml model.restore_from=/models/Meta-Llama-3-8B ...
+
+Every key with its default is in {conf}/plan.yaml; how it counts is in docs/planning.md.
+
+"""
+
+REPORT = """\
+example:
+  nemo-rlhf report runs/ppo
+
+"""
+
+CONVERT = """\
+examples:
+  nemo-rlhf convert import /models/Meta-Llama-3-8B checkpoints/llama3-8b
+  nemo-rlhf convert verify /models/Meta-Llama-3-8B checkpoints/llama3-8b
+  nemo-rlhf convert inspect runs/ppo/checkpoints/best
+  nemo-rlhf convert export runs/ppo/checkpoints/best exported/llama3-8b-ppo
+  nemo-rlhf convert export runs/ppo/checkpoints/best/critic exported/llama3-8b-critic
+
+"""

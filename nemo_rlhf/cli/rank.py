@@ -1,0 +1,54 @@
+"""What every command that uses a model begins and ends with: this process is a rank of a quiet, well-ordered job."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import warnings
+
+import torch.distributed as dist
+from nemo.utils import logging as nemo_logging
+
+from nemo_rlhf.config.schema import BaseModelConfig, HardwareConfig
+from nemo_rlhf.parallel import state
+
+_NOISY = ("lightning.pytorch", "lightning.fabric", "megatron.core", "torch.distributed")
+_clean = False  # whether what this process last began has ended well
+
+
+def _leave() -> None:
+    """Part with the other ranks at the end of the process; after a failure they may no longer answer."""
+    if _clean and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def begin(model: BaseModelConfig, trainer: HardwareConfig, seed: int) -> None:
+    """Join the other ranks, in the process groups of the model's cut. Raises ValueError where it does not fit."""
+    global _clean
+    _clean = False
+    atexit.unregister(_leave)
+    atexit.register(_leave)
+    state.set_environment_for_one_process()
+    state.initialize(
+        model.tensor_model_parallel_size,
+        model.pipeline_model_parallel_size,
+        seed,
+        timeout_s=trainer.timeout_s,
+        expert_parallel=model.expert_model_parallel_size,
+    )
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.CRITICAL)  # what it logs, it raises too
+    nemo_logging.setLevel(nemo_logging.ERROR)
+    nemo_logging.captureWarnings(False)  # it would hold back ours as well
+    warnings.filterwarnings("ignore", module=r"(lightning|megatron|nemo|torch)\b")  # their own business
+    if dist.get_rank():
+        warnings.simplefilter("ignore")  # rank 0 says it for all
+
+
+def end(code: int) -> int:
+    """All ranks end together."""
+    global _clean
+    dist.barrier()
+    _clean = True
+    return code

@@ -1,0 +1,48 @@
+"""What the keys of PPO must obey between them: how advantages are estimated, what is cut off, what is offloaded."""
+
+from __future__ import annotations
+
+from nemo_rlhf.config.schema import PPOConfig
+
+OFFLOADABLE = ("optimizer", "critic", "reference")
+
+
+def check_advantage(cfg: PPOConfig) -> None:
+    """Advantages against a prompt's other samples need some, and have no use for a critic."""
+    ppo = cfg.ppo
+    if ppo.advantage == "gae":
+        return
+    if ppo.samples_per_prompt < 2:
+        raise ValueError(
+            f"ppo.advantage={ppo.advantage} compares the samples of a prompt, but "
+            f"ppo.samples_per_prompt={ppo.samples_per_prompt}: raise it to 2 or more."
+        )
+    critics_own = {
+        "model.critic.restore_from": (cfg.model.critic.restore_from, None),
+        "ppo.critic_warmup_steps": (ppo.critic_warmup_steps, 0),
+        "ppo.gamma": (ppo.gamma, 1.0),
+    }
+    for key, (value, unset) in critics_own.items():
+        if value != unset:
+            raise ValueError(
+                f"{key}={value} is for a critic, and ppo.advantage={ppo.advantage} has none: leave it out, or choose "
+                "ppo.advantage=gae."
+            )
+    if "critic" in ppo.offload:
+        raise ValueError(
+            f"ppo.offload holds critic, and ppo.advantage={ppo.advantage} has none: leave it out of the list."
+        )
+
+
+def check_truncation(cfg: PPOConfig) -> None:
+    if cfg.ppo.on_truncation != "keep" and cfg.generation.ignore_eos:
+        raise ValueError(
+            f"ppo.on_truncation={cfg.ppo.on_truncation} is for responses that were cut, and generation.ignore_eos=true "
+            "cuts all of them: turn one of the two off."
+        )
+
+
+def check_offload(cfg: PPOConfig) -> None:
+    for name in cfg.ppo.offload:
+        if name not in OFFLOADABLE:
+            raise ValueError(f"ppo.offload holds {name!r}: it may hold {', '.join(OFFLOADABLE)}.")

@@ -1,0 +1,73 @@
+"""The process that runs a reward function for one sample at a time: ``python -m nemo_rlhf.rollout.pool_worker FD``.
+
+A program of its own, rather than a fork or a spawned copy of the run: a fork would share the run's devices and groups,
+and a spawned process would import the user's script again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import inspect
+import os
+import signal
+import sys
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any
+
+from nemo_rlhf.rollout.named import brief, load_function, one_line, plain
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main(connection: Connection) -> None:
+    """Receive the function, then samples until the other end closes; answer (True, reward) or (False, what was wrong).
+    Nothing but numbers, lists of them and text goes back, so that the run never unpickles an object of the user's."""
+    name, arguments, tokenizer = connection.recv()
+    try:
+        function = partial(load_function(name), **arguments)
+    except ValueError as error:
+        connection.send((False, str(error)))
+        return
+    connection.send((True, None))
+    while True:
+        try:
+            given: dict[str, Any] = connection.recv()
+        except EOFError:
+            return
+        if tokenizer is not None:
+            given["tokenizer"] = tokenizer
+        connection.send(_answer(function, given))
+
+
+def _answer(function: Any, given: dict[str, Any]) -> tuple[bool, Any]:
+    try:
+        returned = function(**given)
+        if inspect.iscoroutine(returned):
+            returned = asyncio.run(returned)
+        rewards = plain(returned)
+        reward = plain(rewards[0]) if isinstance(rewards, (list, tuple)) and len(rewards) == 1 else None
+        if isinstance(reward, (list, tuple)):
+            reward = [plain(value) for value in reward]
+    except Exception as error:  # whatever the user's function raises
+        return False, f"raised {one_line(error)}"
+    values = reward if isinstance(reward, list) else [reward]
+    if not all(isinstance(value, (int, float)) for value in values):
+        return False, f"returned {brief(returned)}, and must return a list with one reward,"
+    return True, reward
+
+
+def _die_with(parent: int) -> None:
+    """Tie this process' life to the run's, where the system is Linux: whatever ends that, user code ends too."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the call
+            os._exit(1)
+
+
+if __name__ == "__main__":
+    _die_with(int(sys.argv[2]))
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # they are the run's business
+        signal.signal(number, signal.SIG_IGN)
+    main(Connection(int(sys.argv[1])))
