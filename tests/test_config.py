@@ -326,6 +326,25 @@ def test_ilql_rules() -> None:
     assert "between 0 and 1" in refused("ilql.tau=1.5", command="ilql")
     assert "choose one of td, mc" in refused("ilql.target=mcts", command="ilql")
     assert "data.validation_prompts is null" in refused("reward.function=a.b:c", command="ilql")
+    both = ("ilql.value_trunk=true", "ilql.detach_heads=true")
+    assert "leave one of the two out" in refused(*both, command="ilql")
+
+
+def test_environment_rules() -> None:
+    ppo = [override for override in required("ppo") if not override.startswith(("data.", "reward."))]
+    env = "environment.function=a.b:make"
+    assert load("ppo", [*ppo, env]).data.prompts is None
+    wrong = {
+        "data.prompts and environment.function are both set": (env, "data.prompts=p.jsonl"),
+        "reward.sources and environment.function are both set": (env, "reward.sources=[{kind: http}]"),
+        "does not name a Python function": ("environment.function=make",),
+        "has no use beside environment.function": (env, "data.validation_prompts=p.jsonl"),
+        "has no room for a first turn": (env, "environment.max_sequence_length=256"),
+        "must be 1 or more": (env, "environment.max_turns=0"),
+    }
+    for words, overrides in wrong.items():
+        with pytest.raises(ValueError, match=words):
+            load("ppo", [*ppo, *overrides])
     assert "which this policy has not" in refused("generation.beta=1")
     assert "which this policy has not" in refused("generation.validation.beta=[0,1]")
 

@@ -1,4 +1,4 @@
-"""PPO learns: the randomwalks example, stopped early, reaches a figure, with and without tensor parallelism."""
+"""PPO learns: the randomwalks example, stopped early, reaches a figure under tensor parallelism."""
 
 from __future__ import annotations
 
@@ -8,16 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, AT_LEAST = 10, 0.8  # 40 updates; the full run has 160 and ends at 0.99
 
 
-@pytest.mark.parametrize("tensor_parallel", [1, 2])
-def test_randomwalks(tensor_parallel: int, tmp_path: Path) -> None:
+def test_randomwalks(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", str(ROOT / "examples" / "randomwalks.py")]
-    command += ["--out", str(tmp_path), "--tp", str(tensor_parallel), "--steps", str(STEPS)]
+    command += ["--out", str(tmp_path), "--tp", "2", "--steps", str(STEPS)]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run(
         command, env={**environment, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900, check=False

@@ -193,6 +193,7 @@ def validate(cfg: Config | PlanConfig) -> None:
     if isinstance(cfg, ILQLConfig):
         check_reward_function(cfg)
         check_ilql_validation(cfg)
+        check_value_trunk(cfg)
     if isinstance(cfg, PPOConfig | RFTConfig):
         check_rollout_temperature(cfg)
         check_unguided(cfg)
@@ -326,6 +327,14 @@ def check_ilql_validation(cfg: ILQLConfig) -> None:
         raise ValueError(
             f"reward.function={cfg.reward.function} scores samples of validation, but data.validation_prompts is null: "
             "name prompts, or leave the function out."
+        )
+
+
+def check_value_trunk(cfg: ILQLConfig) -> None:
+    if cfg.ilql.value_trunk and cfg.ilql.detach_heads:
+        raise ValueError(
+            "ilql.detach_heads=true would leave the trunk of ilql.value_trunk=true untaught, and the policy's learns "
+            "nothing from the heads anyway: leave one of the two out."
         )
 
 
