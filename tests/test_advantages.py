@@ -202,6 +202,8 @@ def test_a_samples_figures() -> None:
     (("ppo.advantage=rloo", "ppo.offload=[optimizer,critic]"), r"ppo\.offload holds critic, and ppo\.advantage=rloo"),
     (("ppo.on_truncation=mask", "generation.ignore_eos=true"), "cuts all of them: turn one of the two off"),
     (("ppo.advantage=reinforce",), "choose one of gae, rloo, grpo"),
+    (("ppo.truncation_penalty=2",), "is for ppo.on_truncation=penalise, and it is keep"),
+    (("ppo.scale_by_std=false",), "is for ppo.advantage=grpo, and it is gae"),
     (("ppo.on_truncation=drop",), "choose one of keep, mask, penalise"),
     (("ppo.truncation_penalty=-1",), "must be greater than 0"),
 ])  # fmt: skip

@@ -338,7 +338,7 @@ def test_environment_rules() -> None:
         "data.prompts and environment.function are both set": (env, "data.prompts=p.jsonl"),
         "reward.sources and environment.function are both set": (env, "reward.sources=[{kind: http}]"),
         "does not name a Python function": ("environment.function=make",),
-        "has no use beside environment.function": (env, "data.validation_prompts=p.jsonl"),
+        "has no use beside environments": (env, "data.validation_prompts=p.jsonl"),
         "has no room for a first turn": (env, "environment.max_sequence_length=256"),
         "must be 1 or more": (env, "environment.max_turns=0"),
     }

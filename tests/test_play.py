@@ -126,7 +126,7 @@ class Reference:
         env, tokenizer = Echo(index), self.tokenizer
         turns = [env.reset()]
         ids = encode(tokenizer, turns[0], start=True)
-        mask, rewards = [False] * len(ids), []
+        mask, rewards, by_token = [False] * len(ids), [], [0.0] * len(ids)
         while True:
             response: list[int] = []
             while True:
@@ -139,11 +139,13 @@ class Reference:
             turns.append(tokenizer.decode(response))
             answer, reward, done = env.step(text[: min(found)] if found else text)
             rewards.append(reward)
+            by_token += [*[0.0] * (len(response) - 1), reward]
             following = encode(tokenizer, answer, start=False)
             too_long = len(ids) + len(following) + game.sampling.max_new_tokens > LIMIT
             if done or too_long or len(rewards) == game.max_turns:
-                return Episode(tuple(turns), tuple(ids), tuple(mask), tuple(rewards), done)
+                return Episode(tuple(turns), tuple(ids), tuple(mask), tuple(rewards), tuple(by_token), done)
             ids, mask, turns = ids + following, mask + [False] * len(following), [*turns, answer]
+            by_token += [0.0] * len(following)
 
 
 class Heads:
@@ -252,8 +254,8 @@ def test_play_is_public_and_its_episodes_are_data(directory: Path) -> None:
     config = nemo_rlhf.config(
         "generate", overrides=["generation.max_new_tokens=4", "generation.num_slots=2", "generation.temperature=0"]
     )
-    episodes = nemo_rlhf.play(directory, Echo, num_episodes=3, config=config, max_turns=4)
-    assert [episode.turns[0] for episode in episodes] == ["a ", "ab ", "abc "]
+    episodes = nemo_rlhf.play(directory, Echo, num_episodes=4, config=config, max_turns=4)
+    assert [episode.turns[0] for episode in episodes] == ["a ", "ab ", "abc ", "abcd "]
     assert config.model.restore_from == "", "the caller's configuration was changed"
     tokenizer = load_tokenizer(directory)
     records = [{"turns": e.turns, "rewards": e.rewards, "done": e.done} for e in episodes]

@@ -96,12 +96,26 @@ def test_a_retry_is_not_scored_again() -> None:
     gate = threading.Event()
     with serving(ServerConfig(port=0), lambda text: gate.wait(20) * 2.0) as (server, taken):
         with ThreadPoolExecutor(3) as clients:
-            answers = [clients.submit(ask, server.url, samples("a", "b"), X_Request_Id="7") for _ in range(3)]
+            answers = [clients.submit(ask, server.url, samples("a", "b")) for _ in range(3)]
             time.sleep(0.3)
             gate.set()
             assert [answer.result()[:2] for answer in answers] == [(200, {"rewards": [2.0, 2.0]})] * 3
         assert ask(server.url, samples("a", "b"))[1] == {"rewards": [2.0, 2.0]}
         assert taken == [2]
+        assert ask(server.url, samples("b", "a"))[1] == {"rewards": [2.0, 2.0]} and taken == [2, 2]
+
+
+def test_a_failure_of_the_server_is_said_on_both_sides(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def broken(prompt: str, response: str, where: str) -> tuple[int, ...]:
+        raise TypeError("no such tokenizer")
+
+    monkeypatch.setattr("tests.test_serve.encode", broken)
+    with serving(ServerConfig(port=0), lambda text: 1.0) as (server, _):
+        status, answer, _ = ask(server.url, samples("a"))
+    assert (status, answer) == (500, {"error": "The server failed; its log says how."})
+    assert "TypeError: no such tokenizer" in capfd.readouterr().err
 
 
 def test_what_is_refused_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -226,7 +226,7 @@ def test_workers_stay_and_dead_ones_are_replaced() -> None:
 
 def test_sources_are_opened_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     def source(**keys: Any) -> list[CalledSource]:
-        return open_sources([FunctionSourceConfig("function", "f", **keys)], lambda: False)
+        return open_sources([FunctionSourceConfig("function", "f", **keys)], lambda: False, 60.0)
 
     (one,) = source(function=f"{REWARDS}:misbehaving", arguments={"scale": 3})
     assert (one.name, one.weight) == ("f", 1.0)
@@ -243,6 +243,9 @@ def test_sources_are_opened_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         ValueError, match=r'The prompts have a field "scale", which is an argument of the reward function'
     ):
         score(one.reward_fn, make_rollout("ab", scale=[1]), None)
+    (pooled,) = source(function=f"{REWARDS}:misbehaving", arguments={"scale": 3}, workers=1)
+    with pytest.raises(ValueError, match=r'a field "scale", which is an argument of the reward function'):
+        score(pooled.reward_fn, make_rollout("ab", scale=[1]), None)
 
 
 # ---- shipped functions
@@ -265,7 +268,7 @@ def test_rules() -> None:
             "function", "eos", function="nemo_rlhf.rollout.rules:missing_eos_penalty", arguments={"penalty": 3}
         ),
     ]  # fmt: skip
-    scored = score_all(open_sources(configs, lambda: False), rollout, None)
+    scored = score_all(open_sources(configs, lambda: False, 60.0), rollout, None)
     assert {name: scores.tolist() for name, scores in scored.by_source.items()} == {
         "answer": [1, 1, 0],
         "plain": [0, 0, 1],
@@ -391,9 +394,9 @@ def serve() -> Iterator[Callable[..., Service]]:
         service.stop()
 
 
-def client(is_stopping: Callable[[], bool] = lambda: False, **keys: Any) -> RewardService:
+def client(is_stopping: Callable[[], bool] = lambda: False, limit_s: float = 600.0, **keys: Any) -> RewardService:
     defaults = {"batch_size": 3, "concurrency": 2, "timeout_s": 5.0, "backoff_s": 0.01, "wait_s": 5.0}
-    return RewardService(HttpSourceConfig("http", "judge", **{**defaults, **keys}), is_stopping)
+    return RewardService(HttpSourceConfig("http", "judge", **{**defaults, **keys}), is_stopping, limit_s)
 
 
 WORDS = [letter * (number % 4 + 1) for number, letter in enumerate("abcdefghij")]
@@ -481,8 +484,10 @@ def test_service_that_stays_away_is_given_up_after_the_wait() -> None:
         probe.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{probe.getsockname()[1]}/score"
     begin = time.monotonic()
-    with pytest.raises(Unavailable, match=r"judge .* gave no good answer for wait_s=0.5 s; the last time: .*onnect"):
+    with pytest.raises(Unavailable, match=r"judge .* no good answer for [01] s \(wait_s=0.5, .*last time: .*onnect"):
         score(client(url=url, wait_s=0.5), make_rollout(*WORDS), None)
+    with pytest.raises(Unavailable, match=r"gave no good answer for [01] s \(wait_s=60, within trainer\.timeout_s\)"):
+        score(client(limit_s=0.5, url=url, wait_s=60), make_rollout(*WORDS), None)
     assert 0.5 <= time.monotonic() - begin < 3
     begin = time.monotonic()
     with pytest.raises(Unavailable, match="was asked to stop while"):  # nobody waits for the rest of the time
@@ -666,4 +671,4 @@ def test_sources_of_rft(judged: tuple[Path, Any]) -> None:
     assert row["val/reward"] == pytest.approx(2 * row["val/reward/eos"] + row["val/reward/judge"], abs=1e-6)
     assert row["reward/eos"] < 0
     (line,) = error_lines(results[9]["stderr"])
-    assert "exiting ended its process with exit code 3 for sample 0" in line
+    assert "exiting ended its process with exit code 3 for sample " in line

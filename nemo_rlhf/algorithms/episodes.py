@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,45 +11,53 @@ from torch import Tensor
 
 from nemo_rlhf.algorithms.evaluate import VALIDATION_INDEX
 from nemo_rlhf.algorithms.play import Environment, play
+from nemo_rlhf.config.environment import EnvironmentConfig
 from nemo_rlhf.generation.engine import Engine
 from nemo_rlhf.generation.sampling import SamplingParams
 from nemo_rlhf.types import Episode, Prompt, Rollout, Sample, Scored
 
 
-def play_and_score(
-    engine: Engine,
-    tokenizer: Any,
-    env: Callable[[int], Environment],
-    sampling: SamplingParams,
-    first: int,
-    num_episodes: int,
-    *,
-    max_turns: int | None,
-    longest: int,
-) -> Scored:
-    """``num_episodes`` from number ``first`` on, on every rank, whose rewards fall on the last token of each turn.
-    Those of validation are counted from ``VALIDATION_INDEX`` on, for the noise; their environments from 0.
+@dataclass(frozen=True)
+class Episodes:
+    """Plays them. ``env``: the number of an environment -> it. ``group_size`` episodes of training side by side have
+    the same, for RLOO and GRPO to compare. ``longest``: tokens of an episode."""
 
-    Raises:
-        ValueError: as ``play`` does.
-    """
-    episodes = play(
-        engine,
-        tokenizer,
-        lambda number: env(number % VALIDATION_INDEX),
-        num_episodes,
-        sampling,
-        max_sequence_length=longest,
-        max_turns=max_turns,
-        first=first,
-    )
-    samples = tuple(as_sample(episode, first + place) for place, episode in enumerate(episodes))
-    return Scored(Rollout(samples), torch.zeros(len(samples)), tuple(map(sampled_rewards, episodes)))
+    engine: Engine
+    tokenizer: Any
+    env: Callable[[int], Environment]
+    config: EnvironmentConfig
+    group_size: int
+    longest: int
 
+    def play(self, first: int, num_episodes: int, sampling: SamplingParams) -> Scored:
+        """Episodes ``first``, ``first + 1``, ... on every rank; rewards fall on the last token of each turn.
 
-def group(env: Callable[[int], Environment], size: int, first: int) -> Callable[[int], Environment]:
-    """``size`` episodes side by side in each environment from number ``first`` on: what RLOO and GRPO compare."""
-    return lambda number: env(first + number // size)
+        Raises:
+            ValueError: as ``play`` does.
+        """
+        episodes = play(
+            self.engine,
+            self.tokenizer,
+            self.env,
+            num_episodes,
+            sampling,
+            max_sequence_length=self.longest,
+            max_turns=self.config.max_turns,
+            first=first,
+            number_of=self.number_of,
+        )
+        samples = tuple(as_sample(episode, first + place) for place, episode in enumerate(episodes))
+        return Scored(Rollout(samples), torch.zeros(len(samples)), tuple(map(sampled_rewards, episodes)))
+
+    def validation(self, sampling: SamplingParams) -> Scored:
+        """The same of the environments that are kept for it, the first ones."""
+        return self.play(VALIDATION_INDEX, self.config.validation_episodes, sampling)
+
+    def number_of(self, episode: int) -> int:
+        """That of its environment."""
+        if episode >= VALIDATION_INDEX:
+            return episode - VALIDATION_INDEX
+        return self.config.validation_episodes + episode // self.group_size
 
 
 def as_sample(episode: Episode, number: int) -> Sample:

@@ -18,6 +18,7 @@ from nemo_rlhf.data.tokenizer import encode
 from nemo_rlhf.generation.engine import Engine
 from nemo_rlhf.generation.sampling import SamplingParams
 from nemo_rlhf.parallel import state
+from nemo_rlhf.rollout.named import brief, one_line, plain
 from nemo_rlhf.types import Episode, Prompt, Request, Sample
 
 T = TypeVar("T")
@@ -42,9 +43,10 @@ def play(
     max_sequence_length: int,
     max_turns: int | None = None,
     first: int = 0,
+    number_of: Callable[[int], int] = int,
 ) -> list[Episode]:
-    """One episode with each of ``env(first)``, ``env(first + 1)``, ..., each data-parallel rank its share; all of them,
-    in order, on every rank. All ranks call it. The number also keys an episode's sampling noise.
+    """Episodes ``first``, ``first + 1``, ..., each data-parallel rank its share; all of them, in order, on every rank.
+    All ranks call it. An episode's index keys its sampling noise; ``number_of`` it is that of its environment.
 
     An episode ends when its environment says so, after ``max_turns`` turns, or where another turn of
     ``sampling.max_new_tokens`` would not fit in ``max_sequence_length`` tokens (the engine's).
@@ -56,7 +58,7 @@ def play(
         raise ValueError(f"num_episodes={num_episodes}: at least one episode has to be played.")
     if max_turns is not None and max_turns < 1:
         raise ValueError(f"max_turns={max_turns}: give at least 1, or None for no limit.")
-    table = _Table(env, tokenizer, sampling, max_sequence_length, max_turns)
+    table = _Table(env, number_of, tokenizer, sampling, max_sequence_length, max_turns)
     mine = range(first, first + num_episodes)[state.dp_rank() :: state.dp_size()]
     requests = _together(lambda: table.begin(mine))[state.dp_rank()]
 
@@ -101,12 +103,13 @@ class _Table:
     def __init__(
         self,
         env: Callable[[int], Environment],
+        number_of: Callable[[int], int],
         tokenizer: Any,
         sampling: SamplingParams,
         max_sequence_length: int,
         max_turns: int | None,
     ) -> None:
-        self._make = env
+        self._make, self._number_of = env, number_of
         self._tokenizer = tokenizer
         self._longest = max_sequence_length - sampling.max_new_tokens
         self._max_turns = max_turns
@@ -119,7 +122,8 @@ class _Table:
         for index, text in zip(indices, texts, strict=True):
             ids = encode(self._tokenizer, text, start=True)
             if not ids:
-                raise ValueError(f"reset() of environment {index} returned a text without tokens: give at least one.")
+                number = self._number_of(index)
+                raise ValueError(f"reset() of environment {number} returned a text without tokens: give at least one.")
             course = self._courses[index] = _Course()
             course.observe(text, ids)
             requests.append(Request(Prompt(tuple(ids), text), index))
@@ -149,25 +153,27 @@ class _Table:
         return ids
 
     def _reset(self, index: int) -> str:
-        environment = self._environments[index] = _call(f"env({index})", self._make, index)
-        text = _call(f"reset() of environment {index}", environment.reset)
+        number = self._number_of(index)
+        environment = self._environments[index] = _call(f"env({number})", self._make, number)
+        text = _call(f"reset() of environment {number}", environment.reset)
         if not isinstance(text, str):
-            raise ValueError(f"reset() of environment {index} returned a {type(text).__name__}, and must return text.")
+            raise ValueError(f"reset() of environment {number} returned a {type(text).__name__}, and must return text.")
         return text
 
     def _step(self, index: int, action: str) -> tuple[str, float, bool]:
-        answer = _call(f"step() of environment {index}", self._environments[index].step, action)
-        said = f"step() of environment {index} returned"
+        number = self._number_of(index)
+        answer = _call(f"step() of environment {number}", self._environments[index].step, action)
+        said = f"step() of environment {number} returned"
         if not isinstance(answer, tuple) or len(answer) != 3:
-            raise ValueError(f"{said} {_brief(answer)}, and must return (text, reward, done).")
+            raise ValueError(f"{said} {brief(answer)}, and must return (text, reward, done).")
         text, reward, done = answer
         if not isinstance(text, str):
             raise ValueError(f"{said} a {type(text).__name__} as text, and must return (text, reward, done).")
-        reward, done = _plain(reward), _plain(done)
+        reward, done = plain(reward), plain(done)
         if isinstance(reward, bool) or not isinstance(reward, (int, float)) or not math.isfinite(reward):
-            raise ValueError(f"{said} the reward {_brief(reward)}, which is not a finite number.")
+            raise ValueError(f"{said} the reward {brief(reward)}, which is not a finite number.")
         if not isinstance(done, bool):
-            raise ValueError(f"{said} {_brief(done)} for whether the episode is over, and must return True or False.")
+            raise ValueError(f"{said} {brief(done)} for whether the episode is over, and must return True or False.")
         return text, float(reward), done
 
 
@@ -176,17 +182,7 @@ def _call(what: str, function: Callable[..., T], *arguments: Any) -> T:
         with torch.inference_mode(False), torch.enable_grad():  # it may have a model of its own
             return function(*arguments)
     except Exception as error:  # whatever the user's environment raises
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{what} raised {reason}.") from error
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") else value  # numpy's and torch's scalars
-
-
-def _brief(value: Any) -> str:
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else f"{text[:57]}..."
+        raise ValueError(f"{what} raised {one_line(error)}.") from error
 
 
 def _from_leader(work: Callable[[], T]) -> T:

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,8 @@ import numpy as np
 from torch import Tensor
 
 from nemo_rlhf.algorithms.base import Algorithm, Metrics, PhaseTimer
-from nemo_rlhf.algorithms.episodes import group, play_and_score
+from nemo_rlhf.algorithms.episodes import Episodes
 from nemo_rlhf.algorithms.evaluate import (
-    VALIDATION_INDEX,
     Rewards,
     evaluate,
     from_prompts,
@@ -77,6 +75,7 @@ class PPO(Algorithm):
     policy: PolicyModel
     critic: CriticModel | None  # with ppo.advantage=gae only
     reference: Reference
+    episodes: Episodes | None  # in the place of prompts and rewards
 
     def __init__(self, config: PPOConfig, inputs: PPOInputs) -> None:
         has_validation = inputs.validation_prompts or (inputs.env and config.environment.validation_episodes)
@@ -89,6 +88,7 @@ class PPO(Algorithm):
         rollout_sampling, self.validations = sampling_sweep(config.generation)
         self.sampling = SamplingParams(**rollout_sampling)
         self.critic = None
+        self.episodes = None
         self.kl_coef = config.ppo.kl.coef
         self.statistics = ScoreStatistics()
         self.kl_at_start = float("nan")
@@ -108,16 +108,15 @@ class PPO(Algorithm):
             self.reference = SwappedReference(self.policy)
         else:
             self.reference = ResidentReference(self.policy, open_policy, "reference" in config.ppo.offload)
-        self.longest = self.policy.architecture.max_position_embeddings
-        if self.inputs.env is not None:
-            self.longest = min(self.longest, config.environment.max_sequence_length)
         self.rewards = Rewards(self.inputs.sources, open_model_sources(config))
-        self.engine = Engine(
-            self.policy.gpt,
-            self.tokenizer,
-            num_slots=config.generation.num_slots,
-            max_sequence_length=self.longest,
-        )
+        longest = self.policy.architecture.max_position_embeddings
+        if self.inputs.env is not None:
+            longest = min(longest, config.environment.max_sequence_length)
+        num_slots = config.generation.num_slots
+        self.engine = Engine(self.policy.gpt, self.tokenizer, num_slots=num_slots, max_sequence_length=longest)
+        if self.inputs.env is not None:
+            size = config.ppo.samples_per_prompt
+            self.episodes = Episodes(self.engine, self.tokenizer, self.inputs.env, config.environment, size, longest)
         self.engine.check(make_requests(self.inputs.prompts, 1, 0), self.sampling)
         for _, values in self.validations:
             self.engine.check(make_requests(self.inputs.validation_prompts, 1, 0), SamplingParams(**values))
@@ -173,19 +172,10 @@ class PPO(Algorithm):
         that scoring took."""
         ppo = self.config.ppo
         first = step * ppo.num_prompts * ppo.samples_per_prompt
-        if self.inputs.env is not None:
-            env = group(self.inputs.env, ppo.samples_per_prompt, self.config.environment.validation_episodes)
-            return self._play(env, first, ppo.num_prompts * ppo.samples_per_prompt, self.sampling), 0.0
+        if self.episodes is not None:
+            return self.episodes.play(first, ppo.num_prompts * ppo.samples_per_prompt, self.sampling), 0.0
         requests = make_requests(self.prompts.batch(step), ppo.samples_per_prompt, first)
         return sample_and_score(self.engine, requests, self.sampling, self.rewards, self.tokenizer)
-
-    def _play(
-        self, env: Callable[[int], Environment], first: int, num_episodes: int, sampling: SamplingParams
-    ) -> Scored:
-        turns = self.config.environment.max_turns
-        return play_and_score(
-            self.engine, self.tokenizer, env, sampling, first, num_episodes, max_turns=turns, longest=self.longest
-        )
 
     def experience(self, scored: Scored) -> tuple[Experience, Metrics]:
         batch = pad_samples(scored.rollout.samples, self.tokenizer.pad_token_id)
@@ -319,14 +309,10 @@ class PPO(Algorithm):
     # ---- what Algorithm asks for
 
     def validate(self) -> Metrics:
-        if self.inputs.env is None:
-            collect = from_prompts(self.engine, self.inputs.validation_prompts, self.rewards, self.tokenizer)
-        else:
-            collect = partial(
-                self._play, self.inputs.env, VALIDATION_INDEX, self.config.environment.validation_episodes
-            )
+        prompts = self.inputs.validation_prompts
+        by_prompt = from_prompts(self.engine, prompts, self.rewards, self.tokenizer)
         return evaluate(
-            collect,
+            by_prompt if self.episodes is None else self.episodes.validation,
             self.validations,
             self.inputs.metric_fn,
             self.tokenizer,

@@ -14,7 +14,7 @@ from torch import Tensor
 from nemo_rlhf.algorithms.base import Metrics, PhaseTimer
 from nemo_rlhf.algorithms.one_model import OneModel
 from nemo_rlhf.algorithms.roles import open_role
-from nemo_rlhf.algorithms.scorer import score_texts
+from nemo_rlhf.algorithms.scorer import UNMEASURED, score_texts
 from nemo_rlhf.config.schema import RewardModelConfig
 from nemo_rlhf.data.batches import pad_for_scores
 from nemo_rlhf.data.order import Stream
@@ -96,6 +96,12 @@ class RewardTraining(OneModel[RewardModel], Generic[Example]):
         model = self.config.model
         self.model = open_role(RewardModel, model, model.restore_from, self.config.trainer.precision, self.config.seed)
         self.model.make_trainable(model.optim, self.max_steps)
+        self._remember(*UNMEASURED)
+
+    def _remember(self, mean: float, std: float) -> None:
+        """The scale of the scores of these very weights, which is stored with them."""
+        architecture = replace(self.model.architecture, score_mean=mean, score_std=std)
+        self.model.architecture = self.model.gpt.architecture = architecture
 
     def run_step(self, step: int) -> Metrics:
         timer = PhaseTimer()
@@ -107,6 +113,7 @@ class RewardTraining(OneModel[RewardModel], Generic[Example]):
         with timer("update"):
             batch = {"tokens": tokens, "lengths": lengths, "targets": targets}
             sums, norm = self.learn(microbatches, self.loss(len(examples)), batch)
+        self._remember(*UNMEASURED)
         assert self.model.learner is not None
         means = {name: value / len(examples) for name, value in sums.items()}
         variance = means.pop("score/square") - means["score/mean"] ** 2
@@ -123,8 +130,7 @@ class RewardTraining(OneModel[RewardModel], Generic[Example]):
         """What is held out, and mean and deviation of its texts' scores, which are stored with the model."""
         scores = score_texts(self.model, self.texts_of(self.validation_examples), self.tokenizer.pad_token_id)
         mean, std = mean_and_std(moments(scores))
-        architecture = replace(self.model.architecture, score_mean=mean, score_std=std)
-        self.model.architecture = self.model.gpt.architecture = architecture
+        self._remember(mean, std)
         metrics = self.held_out(scores.view(-1, self.num_texts), self.targets_of(self.validation_examples))
         return {**metrics, "val/score_mean": mean, "val/score_std": std}
 

@@ -16,7 +16,7 @@ from nemo_rlhf.data.scores import encode_reply
 from nemo_rlhf.models.reward import RewardModel
 
 _TOGETHER = 128  # texts that are padded to one length
-_UNMEASURED = (0.0, 1.0)
+UNMEASURED = (0.0, 1.0)
 
 
 def score_texts(model: RewardModel, texts: Sequence[Sequence[int]], pad_id: int) -> Tensor:
@@ -50,8 +50,8 @@ class Scorer:
                 f"{source} has no head that gives scores: train a reward model from it with nemo-rlhf reward."
             )
         self._source, self._longest = source, stored.max_position_embeddings
-        self._mean, self._std = (stored.score_mean, stored.score_std) if normalise else _UNMEASURED
-        if normalise and ((self._mean, self._std) == _UNMEASURED or self._std <= 0):
+        self._mean, self._std = (stored.score_mean, stored.score_std) if normalise else UNMEASURED
+        if normalise and ((self._mean, self._std) == UNMEASURED or self._std <= 0):
             raise ValueError(
                 f"normalise=true needs the mean and deviation of scores on held-out data, and {source} has none: train "
                 "it with data.validation and trainer.val_check_interval, or set normalise=false."

@@ -14,6 +14,7 @@ import socket
 import socketserver
 import threading
 import time
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -175,6 +176,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(200, {"rewards": self._rewards(self._body())})
         except Refused as refused:
             self._answer(refused.status, {"error": str(refused)})
+        except OSError:  # a client that went away is no news
+            self.close_connection = True
+        except Exception:
+            traceback.print_exc()
+            self._answer(500, {"error": "The server failed; its log says how."})
         finally:
             with self.server.counting:
                 self.server.num_busy -= 1
@@ -196,7 +202,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self.rfile.read(int(length))
         # a client that is still sending would never see the answer
         left = min(int(length), 4 * self.server.max_body)
-        self.close_connection = left < int(length)
+        self.close_connection |= left < int(length)
         while left > 0 and (piece := self.rfile.read(min(left, _PIECE))):
             left -= len(piece)
         raise refused

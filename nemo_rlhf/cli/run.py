@@ -37,6 +37,7 @@ from nemo_rlhf.cli.loggers import JsonlLogger
 from nemo_rlhf.cli.rank import begin, end
 from nemo_rlhf.cli.report import write_report
 from nemo_rlhf.config import dump
+from nemo_rlhf.config.environment import check_given_environment
 from nemo_rlhf.config.sampling import sampling_values
 from nemo_rlhf.config.schema import (
     GenerateConfig,
@@ -86,7 +87,9 @@ def run_ppo(
     Raises:
         ValueError: wrong input, the same on every rank.
     """
-    if config.environment.function is not None:
+    if env is not None:
+        check_given_environment(config)
+    elif config.environment.function is not None:
         env = load_function(config.environment.function, "environment.function")
     if env is None:
         inputs = PPOInputs(**_online(config, reward_fn, prompts, validation_prompts, metric_fn))
@@ -143,7 +146,7 @@ def _sources(config: PPOConfig | RFTConfig, reward_fn: RewardFunction | None) ->
         return [CalledSource(reward_fn or load_function(str(config.reward.function)))]
     if reward_fn is not None:
         raise ValueError("reward.sources is set in the configuration and reward_fn given in Python: keep one of them.")
-    return open_sources(read_sources(config.reward.sources), stop.noted)
+    return open_sources(read_sources(config.reward.sources), stop.noted, config.trainer.timeout_s)
 
 
 def run_sft(config: SFTConfig, *, train: Source | None = None, validation: Source | None = None) -> int:

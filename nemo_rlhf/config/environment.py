@@ -22,6 +22,20 @@ class EnvironmentConfig:
     validation_episodes: int = 0  # episodes 0, 1, ... are for validation, and training begins behind them
 
 
+def check_given_environment(cfg: PPOConfig) -> None:
+    """What is set in vain where an environment is given in Python."""
+    names = {
+        "environment.function": cfg.environment.function,
+        "data.prompts": cfg.data.prompts,
+        "reward.function": cfg.reward.function,
+        "reward.sources": cfg.reward.sources,
+    }
+    for key, value in names.items():
+        if value:
+            raise ValueError(f"{key} is set in the configuration, and env is given in Python: keep one of them.")
+    _check_episodes(cfg)
+
+
 def check_environment(cfg: PPOConfig) -> None:
     env = cfg.environment
     if env.function is None:
@@ -31,10 +45,15 @@ def check_environment(cfg: PPOConfig) -> None:
             f"environment.function={env.function} does not name a Python function: write package.module:name, such as "
             "my_package.games:make."
         )
+    _check_episodes(cfg)
+
+
+def _check_episodes(cfg: PPOConfig) -> None:
+    env = cfg.environment
     if cfg.data.validation_prompts is not None:
         raise ValueError(
-            f"data.validation_prompts={cfg.data.validation_prompts} has no use beside environment.function: leave it "
-            "out, and set environment.validation_episodes."
+            f"data.validation_prompts={cfg.data.validation_prompts} has no use beside environments: leave it out, and "
+            "set environment.validation_episodes."
         )
     if env.max_sequence_length <= cfg.generation.max_new_tokens:
         raise ValueError(

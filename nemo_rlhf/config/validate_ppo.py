@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nemo_rlhf.config.schema import PPOConfig
+from nemo_rlhf.config.schema import PPOAlgorithmConfig, PPOConfig
 
 OFFLOADABLE = ("optimizer", "critic", "reference")
 
@@ -31,6 +31,20 @@ def check_advantage(cfg: PPOConfig) -> None:
     if "critic" in ppo.offload:
         raise ValueError(
             f"ppo.offload holds critic, and ppo.advantage={ppo.advantage} has none: leave it out of the list."
+        )
+
+
+def check_unused(cfg: PPOConfig) -> None:
+    """A key that is set and changes nothing is a misunderstanding."""
+    ppo, unset = cfg.ppo, PPOAlgorithmConfig()
+    if ppo.advantage != "grpo" and ppo.scale_by_std != unset.scale_by_std:
+        raise ValueError(
+            f"ppo.scale_by_std is for ppo.advantage=grpo, and it is {ppo.advantage}: leave the former out."
+        )
+    if ppo.on_truncation != "penalise" and ppo.truncation_penalty != unset.truncation_penalty:
+        raise ValueError(
+            f"ppo.truncation_penalty={ppo.truncation_penalty} is for ppo.on_truncation=penalise, and it is "
+            f"{ppo.on_truncation}: set the latter, or leave the former out."
         )
 
 

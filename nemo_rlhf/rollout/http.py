@@ -44,9 +44,15 @@ class RewardService:
     any other status is an error.
     """
 
-    def __init__(self, config: HttpSourceConfig, is_stopping: Callable[[], bool]) -> None:
-        self._config, self._is_stopping = config, is_stopping
+    def __init__(self, config: HttpSourceConfig, is_stopping: Callable[[], bool], limit_s: float) -> None:
+        """``limit_s``: of a whole call, for which other ranks wait; a service that is away then is given up.
+
+        Raises:
+            RewardError: the variable that holds the token is not set.
+        """
+        self._config, self._is_stopping, self._limit_s = config, is_stopping, limit_s
         self.reward_title = f"reward service {config.name} ({config.url or config.url_file})"
+        self._authorization = self._headers()
 
     async def __call__(
         self, samples: list[str], prompts: list[str], outputs: list[str], tokenizer: Any, **metadata: list[Any]
@@ -55,7 +61,7 @@ class RewardService:
 
         Raises:
             RewardError: it refuses a request, or what is sent cannot be written as JSON.
-            Unavailable: it gave no good answer for ``wait_s``, or the run is to stop while it gives none.
+            Unavailable: it gave no good answer for ``wait_s`` or until ``limit_s``, or the run is to stop meanwhile.
         """
         records = [
             {"prompt": prompt, "response": output, "metadata": {name: values[row] for name, values in metadata.items()}}
@@ -64,8 +70,8 @@ class RewardService:
         rewards: list[Any] = [None] * len(records)
         starts = iter(range(0, len(records), self._config.batch_size))
         limit = aiohttp.ClientTimeout(total=self._config.timeout_s)
-        self._last_answer = monotonic()
-        async with aiohttp.ClientSession(timeout=limit, headers=self._headers()) as session:
+        self._last_answer = self._started = monotonic()
+        async with aiohttp.ClientSession(timeout=limit, headers=self._authorization) as session:
             tasks = [
                 asyncio.create_task(self._work(session, records, starts, rewards))
                 for _ in range(self._config.concurrency)
@@ -126,15 +132,15 @@ class RewardService:
     async def _pause(self, seconds: float, reason: str) -> None:
         """Wait before the next attempt; Unavailable when the service has been away too long, or the run must end."""
         end = monotonic() + seconds
-        give_up = self._last_answer + self._config.wait_s
         while True:
             now = monotonic()
+            give_up = min(self._last_answer + self._config.wait_s, self._started + self._limit_s)
             if self._is_stopping():
                 raise Unavailable(f"The run was asked to stop while the {self.reward_title} did not answer ({reason}).")
             if now >= give_up:
                 raise Unavailable(
-                    f"The {self.reward_title} gave no good answer for wait_s={self._config.wait_s:g} s; the last time: "
-                    f"{reason.rstrip('.')}."
+                    f"The {self.reward_title} gave no good answer for {now - self._last_answer:.0f} s "
+                    f"(wait_s={self._config.wait_s:g}, within trainer.timeout_s); the last time: {reason.rstrip('.')}."
                 )
             if now >= end:
                 return

@@ -97,6 +97,7 @@ class Pool:
     def __init__(self, config: FunctionSourceConfig, function: Callable[..., Any]) -> None:
         self._config = config
         self.reward_title = f"reward function {config.function}"
+        self.keywords = config.arguments  # as of a partial
         self.__signature__ = inspect.signature(partial(function, **config.arguments))
         self._wants_tokenizer = "tokenizer" in self.__signature__.parameters
         self._workers: list[_Worker] = []

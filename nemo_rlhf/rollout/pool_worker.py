@@ -59,7 +59,8 @@ def _answer(function: Any, given: dict[str, Any]) -> tuple[bool, Any]:
 
 
 def _die_with(parent: int) -> None:
-    """Tie this process' life to the run's, where the system is Linux: whatever ends that, user code ends too."""
+    """Tie this process' life to the run's, where the system is Linux. What the user's function has started itself is
+    not tied: after a SIGKILL of the run it may go on."""
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it died before the call

@@ -148,8 +148,7 @@ def _metadata(samples: Sequence[Sample]) -> dict[str, list[Any]]:
 
 
 def _check_signature(function: Callable[..., Any], what: str, arguments: dict[str, Any]) -> None:
-    bound = function.keywords if isinstance(function, partial) else {}
-    for key in bound:
+    for key in getattr(function, "keywords", {}):  # of a partial, or a pool
         if key in arguments:
             raise ValueError(f'The prompts have a field "{key}", which is an argument of the {what} too: rename it.')
     try:

@@ -31,12 +31,15 @@ class CalledSource:
     weight: float = 1.0
 
 
-def open_sources(configs: Sequence[SourceConfig], is_stopping: Callable[[], bool]) -> list[CalledSource]:
+def open_sources(
+    configs: Sequence[SourceConfig], is_stopping: Callable[[], bool], patience_s: float
+) -> list[CalledSource]:
     """The functions and services among ``configs``, in their order. Workers start and services are asked when the
-    first rollout is scored. ``is_stopping``: whether somebody waits for this run to end.
+    first rollout is scored. ``is_stopping``: whether somebody waits for this run to end; ``patience_s``: how long other
+    ranks wait for scores.
 
     Raises:
-        ValueError: a function does not exist, or does not take its arguments.
+        ValueError: a function does not exist, or does not take its arguments, or a service's token is not set.
     """
     sources = []
     for place, config in enumerate(configs):
@@ -44,7 +47,8 @@ def open_sources(configs: Sequence[SourceConfig], is_stopping: Callable[[], bool
             function = _open_function(config, f"reward.sources[{place}]")
             sources.append(CalledSource(function, config.name, config.weight))
         elif isinstance(config, HttpSourceConfig):
-            sources.append(CalledSource(RewardService(config, is_stopping), config.name, config.weight))
+            service = RewardService(config, is_stopping, patience_s - config.timeout_s)
+            sources.append(CalledSource(service, config.name, config.weight))
     return sources
 
 
