@@ -35,7 +35,7 @@ from nemo_rlhf.config.schema import (
 )
 from nemo_rlhf.config.server import check_server
 from nemo_rlhf.config.sources import check_reward
-from nemo_rlhf.config.validate_ppo import check_advantage, check_offload, check_truncation
+from nemo_rlhf.config.validate_ppo import check_advantage, check_offload, check_truncation, check_unused
 from nemo_rlhf.config.validate_sampling import (
     check_rollout_temperature,
     check_sampling,
@@ -207,6 +207,7 @@ def validate(cfg: Config | PlanConfig) -> None:
         check_offload(cfg)
         check_advantage(cfg)
         check_truncation(cfg)
+        check_unused(cfg)
         warn_truncated_rollouts(cfg)
 
 
