@@ -1,4 +1,4 @@
-"""The parts of the examples that are no training: corpus, tokenizer, reward, random walks."""
+"""The parts of the examples that are no training: corpus, tokenizer, reward, preferences, random walks."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import randomwalks  # noqa: E402
+from summarize import figures, preferences  # noqa: E402
 from summarize_docstrings import corpus, evaluate, model, prepare, reward  # noqa: E402
 from summarize_docstrings.corpus import Pair  # noqa: E402
 
@@ -223,6 +224,91 @@ def test_token_rewards_sum_to_rouge_l(tokenizer):
     assert rewards[0][-1] == 0.0  # EOS
     words = tokenizer.convert_ids_to_tokens(ids[0])
     assert rewards[0][next(i for i, word in enumerate(words) if "the" in word)] < 0 < max(rewards[0])
+
+
+# ---- preferences, and what came of them
+
+
+def _sampled(*summaries: str) -> preferences.Sampled:
+    return preferences.Sampled("Names of all members.\nSummary:", "Return the list of names.", summaries)
+
+
+def test_pairs_go_from_best_with_worst_inwards():
+    best, good, poor, worst = "Return the list of names.", "Return the list.", "Return it.", "Nothing at all."
+    pairs = preferences.compare(_sampled(poor, best, worst, "", good, best), random.Random(0), noise=0.0)
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [
+        (f" {best}", f" {worst}"),
+        (f" {good}", f" {poor}"),
+    ]
+    assert pairs[0]["prompt"] == "Names of all members.\nSummary:" and pairs[0]["rouge_l"] == [1.0, 0.0]
+    # a third one is left over; nobody can tell two apart that share nothing with the reference
+    assert len(preferences.compare(_sampled(best, good, worst), random.Random(0), noise=0.0)) == 1
+    assert preferences.compare(_sampled("Nothing.", "At all.", "", ""), random.Random(0)) == []
+
+
+def test_people_are_as_often_wrong_as_the_noise_says():
+    sampled = _sampled("Return a list.", "Return it.")
+    better, worse = (reward.rouge_l(summary, sampled.reference) for summary in sampled.summaries)
+    generator, noise = random.Random(0), 0.2
+    pairs = [pair for _ in range(4000) for pair in preferences.compare(sampled, generator, noise)]
+    # the difference of two opinions is normal with sqrt(2) times the deviation of one
+    right = 0.5 * (1 + math.erf((better - worse) / (noise * math.sqrt(2)) / math.sqrt(2)))
+    assert 0.6 < right < 0.95
+    assert preferences.agreement(pairs) == pytest.approx(right, abs=4 * math.sqrt(right * (1 - right) / len(pairs)))
+
+
+def test_samples_of_several_seeds_become_pairs_that_reward_models_read(tmp_path, tokenizer):
+    from nemo_rlhf.data.pairs import read_pairs
+
+    files = []
+    for seed, summaries in enumerate([[" Return the list.", " Set it."], [" Return.", " Take a value off the stack."]]):
+        files.append(tmp_path / f"seed_{seed}.jsonl")
+        references = ["Return the list of names.", "Take a value off the stack."]
+        records = (
+            {"prompt": f"p{number}\nSummary:", "reference": reference, "response": summary, "finish_reason": "eos"}
+            for number, (reference, summary) in enumerate(zip(references, summaries, strict=True))
+        )
+        files[-1].write_text("".join(json.dumps(record) + "\n" for record in records))
+    samples = preferences.read_samples(files)
+    assert [one.summaries for one in samples] == [
+        ("Return the list.", "Return."),
+        ("Set it.", "Take a value off the stack."),
+    ]
+    written = preferences.write_pairs(tmp_path / "pairs.jsonl", samples, seed=1)
+    assert written == evaluate.read_jsonl(tmp_path / "pairs.jsonl")
+    assert written == preferences.write_pairs(tmp_path / "again.jsonl", samples, seed=1)
+    (first, second) = read_pairs(str(tmp_path / "pairs.jsonl"), tokenizer, 96)
+    texts = [tokenizer.decode(pair.chosen, skip_special_tokens=True) for pair in (first, second)]
+    assert texts == ["p0\nSummary: Return the list.", "p1\nSummary: Take a value off the stack."]
+
+
+def test_win_rate_and_best_of_n_by_hand():
+    assert figures.win_rate([0.5, 0.2, 0.1, 0.0], [0.4, 0.3, 0.1, 0.0]) == 0.5
+    assert figures.win_rate([1.0, 0.1, 0.2], [0.0, 0.1, 0.1]) == pytest.approx(2.5 / 3)
+    summaries = [["a0", "a1", "a2"], ["b0", "b1", "b2"], ["c0", "c1", "c2"]]
+    scores = [[0.1, -2.0, 1.0], [0.3, -1.0, 1.0], [0.2, -3.0, 0.0]]
+    assert figures.best_of(summaries, scores) == (["b0", "b1", "a2"], [0.3, -1.0, 1.0])
+
+
+def test_figures_in_files(tmp_path):
+    references = ["Return the list of names.", "Take a value off."]
+    before, after = ["Return it.", "Take it off the stack."], ["Return the list.", "Value."]
+    rows = [
+        figures.measure("SFT", before, references, [0.0, -1.0]),
+        figures.measure("PPO", after, references, [1.0, 2.0], before),
+    ]
+    expected = [reward.rouge_l(*both) for both in zip(after, references, strict=True)]
+    assert rows[1].rouge_l == pytest.approx(sum(expected) / 2)
+    assert (rows[1].score, rows[1].words) == (1.5, 2.0)
+    assert (rows[0].win_rate, rows[1].win_rate) == (None, 0.5)
+    (tmp_path / "metrics.jsonl").write_text('{"kl": 1.0, "val/accuracy": 0.5}\n{"kl": 2.0}\n')
+    training = figures.last_metrics(tmp_path, ("val/accuracy", "kl"))
+    assert training == {"val/accuracy": 0.5, "kl": 2.0}
+    figures.write(tmp_path, rows, training)
+    stored = json.loads((tmp_path / "figures.json").read_text())
+    assert stored["training"] == training and [row["name"] for row in stored["held_out"]] == ["SFT", "PPO"]
+    table = (tmp_path / "figures.md").read_text()
+    assert f"| PPO | {sum(expected) / 2:.4f} | +1.500 | 50.0% | 2.0 |" in table and "- kl: 2\n" in table
 
 
 # ---- random walks

@@ -11,7 +11,7 @@ import pytest
 
 from nemo_rlhf.cli import main
 from nemo_rlhf.cli.plan import run_plan
-from nemo_rlhf.config import data_parallel_size, load
+from nemo_rlhf.config import config_directory, data_parallel_size, load
 from nemo_rlhf.config.architecture import Architecture
 from nemo_rlhf.config.commands import REQUIRED
 from nemo_rlhf.config.plan import PlanConfig
@@ -323,29 +323,35 @@ def test_critic_and_reward_model_count() -> None:
     assert not any("critic" in name for rows in phases(alone, plan, 0).values() for name in rows)
 
 
-@pytest.mark.parametrize("name", ["llama3_8b_ppo", "llama3_8b_sft", "llama3_70b_ppo"])
+SHIPPED = sorted(path.stem for path in (config_directory() / "examples").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_examples_fit(name: str) -> None:
-    command = name.rpartition("_")[2]
-    cfg: Any = load(
-        command, [f"{key}={value}" for key, value in REQUIRED[command].items()], config_file=f"examples/{name}"
-    )
+    family, size, command = name.split("_")
+    required = [f"{key}={value}" for key, value in REQUIRED[command].items()]
+    cfg: Any = load(command, required, config_file=f"examples/{name}")
     cut = Cut(
         cfg.model.tensor_model_parallel_size,
         cfg.model.pipeline_model_parallel_size,
         data_parallel_size(cfg),
         sequence_parallel=cfg.model.sequence_parallel,
     )
-    recompute = cfg.model.activations_checkpoint_granularity
+    model = f"llama3-{size.replace('7b', '8b')}"  # larger than any 7B
     asked = [f"plan.algorithm={command}", f"cluster.nodes={cfg.trainer.num_nodes}"]
-    plan = Plan(cut, cfg.model.micro_batch_size, recompute)
+    plan = Plan(cut, cfg.model.micro_batch_size, cfg.model.activations_checkpoint_granularity)
     if command == "ppo":
         offload, slots = tuple(cfg.ppo.offload), cfg.generation.num_slots
         plan = replace(plan, slots=slots, reference=cfg.ppo.reference, offload=offload)
         asked += [f"plan.num_prompts={cfg.ppo.num_prompts}", f"plan.response_tokens={cfg.generation.max_new_tokens}"]
+        asked += [f"plan.prompt_tokens={cfg.data.max_prompt_length}"]
+        if family == "tldr":  # which names its reward model on the command line
+            asked, plan = [*asked, f"plan.reward_model={model}"], replace(plan, reward_model="swap")
     else:
         asked += [f"plan.{part}_tokens={cfg.data.max_sequence_length // 2}" for part in ("prompt", "response")]
-    job = work(name.rpartition("_")[0].replace("_", "-"), *asked)
+    job = work(model, *asked)
     assert peak(job, plan)[0] <= budget(job)
+    assert host_bytes(job, plan) <= job.cluster.host_memory_gib * 2**30
 
 
 # ---- time
