@@ -27,7 +27,7 @@ CUTS = {
 }
 TIED = ("tied", "untied")
 KINDS = (*TIED, "apart")  # the last: untied, V and Q on a trunk of their own
-KINDS_OF = {"TP2": ("untied", "apart"), "DP2": ("untied",), "TP2xPP2": ("tied", "apart")}  # elsewhere all
+KINDS_OF = {"TP2": ("untied", "apart"), "DP2": ("untied",), "TP2xPP2": ("apart",)}  # elsewhere all
 
 
 @pytest.fixture(scope="module")
