@@ -125,7 +125,43 @@ def test_it_learns_what_the_environment_rewards(directory: Path, tmp_path: Path)
     assert rewards[0] < 0.5 and rewards[-1] > 1.5, rewards
 
 
-def test_what_has_no_use_beside_an_environment_is_refused(directory: Path) -> None:
+def test_a_logit_mask_limits_what_ilql_samples_in_validation(directory: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    (only,) = tokenizer("b")["input_ids"]
+    mask = torch.zeros(len(tokenizer), len(tokenizer), dtype=torch.bool)
+    mask[:, only] = True
+    overrides = [
+        *SIZES[:4],
+        f"exp_manager.explicit_log_dir={tmp_path / 'run'}",
+        "trainer.max_steps=1",
+        "trainer.val_check_interval=1",
+        "generation.max_new_tokens=5",
+    ]
+    nemo_rlhf.train(
+        directory,
+        samples=[["a", "bc"], ["b", "cd"]] * 4,
+        rewards=[1.0, 0.0] * 4,
+        eval_prompts=["a", "cd"],
+        logit_mask=mask,
+        config=nemo_rlhf.config("ilql", overrides=overrides),
+    )
+    files = sorted((tmp_path / "run" / "validation").iterdir())
+    records = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    assert len(records) == 4 and {tuple(record["response_ids"]) for record in records} == {(only,) * 5}
+
+
+def test_what_has_no_use_beside_an_environment_is_refused(directory: Path, tmp_path: Path) -> None:
+    for key, value in {
+        "environment.function": "a.b:c",
+        "data.prompts": "p.jsonl",
+        "reward.function": "a.b:c",
+        "reward.sources": "[{kind: function, name: f, function: a.b:c}]",
+    }.items():
+        config = nemo_rlhf.config("ppo", overrides=[f"exp_manager.explicit_log_dir={tmp_path}", f"{key}={value}"])
+        with pytest.raises(ValueError, match=rf"{key} is set in the configuration, and env is given in Python"):
+            nemo_rlhf.train(directory, env=Praise, config=config)
     with pytest.raises(ValueError, match=r"train\(env=\.\.\.\) has no use for prompts"):
         nemo_rlhf.train(directory, env=Praise, prompts=["a"])
     with pytest.raises(ValueError, match=r"train\(env=\.\.\.\) has no use for logit_mask"):

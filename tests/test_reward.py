@@ -314,7 +314,9 @@ def test_a_run_learns_what_people_like(tiny: Tiny, tmp_path: Path) -> None:
     assert 0 <= lines[-1]["val/calibration_error"] <= 1
     best = tmp_path / "run" / "checkpoints" / "best"
     stored = read_architecture(best)
-    assert stored.heads == ("value",) and stored.score_std > 0
+    at_best = next(row for row in lines if row["step"] == int(best.resolve().name.removeprefix("step_")))
+    assert stored.heads == ("value",)
+    assert (stored.score_mean, stored.score_std) == (at_best["val/score_mean"], at_best["val/score_std"])
     model = AutoModelForSequenceClassification.from_pretrained(export_hf(best, tmp_path / "hf"))
     batch = AutoTokenizer.from_pretrained(tmp_path / "hf")(["xy abab<eos>", "xy cdcd<eos>"], return_tensors="pt")
     liked, disliked = model(input_ids=batch["input_ids"]).logits[:, 0].tolist()

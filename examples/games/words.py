@@ -69,7 +69,7 @@ def play_one(draw: random.Random, care: float) -> dict[str, Any]:
         turns += [text, guess]
         text, reward, done = game.step(guess)
         rewards.append(reward)
-        possible = [word for word in possible if word == guess == game.hidden or hint_of(guess, word) == text]
+        possible = [word for word in possible if hint_of(guess, word) == text]
     return {"turns": turns, "rewards": rewards, "done": True}
 
 
