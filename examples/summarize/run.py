@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
 from rich.console import Console
@@ -40,35 +39,26 @@ def main() -> int:
     out: Path = options.out
     data, sft, reward, ppo = out / "data", out / "sft", out / "reward", out / f"ppo_kl_{options.kl:g}"
     program = Program(options.devices, options.seed, console)
-    started = time.monotonic()
+    program.step(1, "a corpus of docstrings and its tokenizer")
+    model = program.prepare(data)
 
-    def step(number: int, title: str) -> None:
-        console.rule(f"[bold]{number}/6 {title}[/bold] ({time.monotonic() - started:.0f} s so far)", align="left")
-
-    step(1, "a corpus of docstrings and its tokenizer")
-    model = data / "model"
-    if not (model / "config.json").is_file():
-        from summarize_docstrings.prepare import prepare
-
-        prepare(data, console=console)
-
-    step(2, "SFT: what people wrote")
+    program.step(2, "SFT: what people wrote")
     train = (f"data.train={data / 'train.jsonl'}", f"data.validation={data / 'heldout.jsonl'}")
     program.train("sft", SFT_CONFIG, sft, model, *train, *options.sft)
 
-    step(3, "summaries of the SFT policy, compared by ROUGE-L with noise in the place of people")
+    program.step(3, "summaries of the SFT policy, compared by ROUGE-L with noise in the place of people")
     held_out = _compare(program, newest_checkpoint(sft), data, out, options.prompts)
 
-    step(4, "reward model: what people prefer")
+    program.step(4, "reward model: what people prefer")
     pairs = (f"data.train={out / 'pairs.jsonl'}", f"data.validation={out / 'heldout_pairs.jsonl'}")
     program.train("reward", HERE / "reward.yaml", reward, newest_checkpoint(sft), *pairs, *options.reward)
 
-    step(5, f"PPO against the reward model, KL coefficient {options.kl:g}")
+    program.step(5, f"PPO against the reward model, KL coefficient {options.kl:g}")
     program.train("ppo", HERE / "ppo.yaml", ppo, newest_checkpoint(sft), *_rewards(reward, data, options), *options.ppo)
 
-    step(6, "held-out summaries of both policies")
+    program.step(6, "held-out summaries of both policies")
     _evaluate(program, sft, reward, ppo, held_out)
-    console.print(f"Done in {time.monotonic() - started:.0f} s. Figures: {ppo / 'figures.md'}")
+    console.print(f"Done in {program.elapsed_s:.0f} s. Figures: {ppo / 'figures.md'}")
     return 0
 
 

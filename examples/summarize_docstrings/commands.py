@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -20,6 +21,24 @@ class Program:
     devices: int
     seed: int
     console: Console
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self.started
+
+    def step(self, number: int, title: str) -> None:
+        """The heading of one of an example's six steps."""
+        self.console.rule(f"[bold]{number}/6 {title}[/bold] ({self.elapsed_s:.0f} s so far)", align="left")
+
+    def prepare(self, data: Path) -> Path:
+        """The corpus and the shape of a model, where there is none yet; the model's directory."""
+        model = data / "model"
+        if not (model / "config.json").is_file():
+            from summarize_docstrings.prepare import prepare
+
+            prepare(data, console=self.console)
+        return model
 
     @property
     def cut(self) -> tuple[str, ...]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 
 from rich.console import Console
@@ -26,39 +25,30 @@ def main() -> int:
     options = _parse()
     out: Path = options.out
     data, sft, ppo = out / "data", out / "sft", out / "ppo"
-    started = time.monotonic()
-
-    def step(number: int, title: str) -> None:
-        console.rule(f"[bold]{number}/6 {title}[/bold] ({time.monotonic() - started:.0f} s so far)", align="left")
-
-    step(1, "a corpus of docstrings and its tokenizer")
-    model = data / "model"
-    if not (model / "config.json").is_file():
-        from summarize_docstrings.prepare import prepare
-
-        prepare(data, console=console)
-
     program = Program(options.devices, options.seed, console)
-    step(2, f"SFT from random weights, tensor parallel {options.devices}")
+    program.step(1, "a corpus of docstrings and its tokenizer")
+    model = program.prepare(data)
+
+    program.step(2, f"SFT from random weights, tensor parallel {options.devices}")
     train = (f"data.train={data / 'train.jsonl'}", f"data.validation={data / 'heldout.jsonl'}")
     program.train("sft", HERE / "sft.yaml", sft, model, *train, *options.sft)
 
-    step(3, f"PPO against ROUGE-L, policy and critic tensor parallel {options.devices}")
+    program.step(3, f"PPO against ROUGE-L, policy and critic tensor parallel {options.devices}")
     prompts = (f"data.prompts={data / 'prompts.jsonl'}", f"data.validation_prompts={data / 'heldout_prompts.jsonl'}")
     program.train("ppo", HERE / "ppo.yaml", ppo, newest_checkpoint(sft), *prompts, *options.ppo)
 
-    step(4, "export to Hugging Face")
+    program.step(4, "export to Hugging Face")
     before, after = program.export(sft), program.export(ppo)
 
-    step(5, "greedy summaries with plain transformers")
+    program.step(5, "greedy summaries with plain transformers")
     from summarize_docstrings.evaluate import compare
 
     scores = compare(before, after, data / "heldout_prompts.jsonl", console)
     (out / "scores.json").write_text(json.dumps(scores) + "\n")
 
-    step(6, "report")
+    program.step(6, "report")
     program.run("report", str(ppo))
-    console.print(f"Done in {time.monotonic() - started:.0f} s. The trained model: {ppo / 'hf'}")
+    console.print(f"Done in {program.elapsed_s:.0f} s. The trained model: {ppo / 'hf'}")
     return 0
 
 
