@@ -1,7 +1,8 @@
-"""Run a function on several ranks, each a fresh Python process, and collect what it returns.
+"""Run a function on several ranks, each a process of its own, and collect what it returns.
 
-Fresh processes rather than forks or ``multiprocessing``: the CPU's stand-in for CUDA, megatron's global state and
-torch's process groups then never leak into the process that runs the tests.
+Ranks are forks of a process that has imported the package and done nothing else: an import takes longer than most
+tests. Never forks of the process that runs the tests, so neither megatron's global state nor torch's process groups
+travel from the one to the other.
 
     def worker(payload): ...                # in tests/workers/some_worker.py; sees RANK, WORLD_SIZE, MASTER_* as usual
     results = run_distributed("tests.workers.some_worker:worker", world_size=2, payload={"steps": 3})
@@ -13,20 +14,28 @@ from __future__ import annotations
 
 import importlib
 import io
+import multiprocessing
 import os
 import pickle
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["nemo_rlhf.cli.run", "transformers.models.llama.modeling_llama"])
+_FOR_ALL = {
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    "OMP_NUM_THREADS": "1",
+}
 _GRACE_S = 5.0  # how long the other ranks may go on after the first has failed, to write their own tracebacks
 
 
@@ -51,21 +60,18 @@ def run_distributed(
             _wait(processes, directory, time.monotonic() + timeout_s, timeout_s)
         finally:
             for process in processes:
-                if process.poll() is None:
-                    process.kill()
-                process.wait()
+                process.kill()
+                process.join()
         return [_load(directory / f"result-{rank}") for rank in range(world_size)]
 
 
 def _environment(world_size: int) -> dict[str, str]:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     return {
         **os.environ,
-        "PYTHONPATH": path,
-        "OMP_NUM_THREADS": "1",
+        **_FOR_ALL,
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
@@ -73,21 +79,33 @@ def _environment(world_size: int) -> dict[str, str]:
     }
 
 
-def _start(worker: str, rank: int, directory: Path, shared: dict[str, str]) -> subprocess.Popen[bytes]:
+def _start(worker: str, rank: int, directory: Path, shared: dict[str, str]) -> ForkServerProcess:
     env = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    command = [sys.executable, "-m", "tests.spawn", worker, str(directory)]
-    with (directory / f"output-{rank}").open("wb") as output:
-        return subprocess.Popen(command, env=env, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+    process = _FORKS.Process(target=_main, args=(worker, directory, env))
+    with _environ(_FOR_ALL):  # the first one starts the server, which keeps what it finds
+        process.start()
+    return process
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], directory: Path, deadline: float, timeout_s: float) -> None:
-    while any(process.poll() is None for process in processes):
-        if any(process.poll() for process in processes):
+@contextmanager
+def _environ(changes: dict[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _wait(processes: list[ForkServerProcess], directory: Path, deadline: float, timeout_s: float) -> None:
+    while any(process.exitcode is None for process in processes):
+        if any(process.exitcode for process in processes):
             deadline = min(deadline, time.monotonic() + _GRACE_S)
         if time.monotonic() > deadline:
             break
         time.sleep(0.02)
-    codes = [process.poll() for process in processes]
+    codes = [process.exitcode for process in processes]
     if not any(code != 0 for code in codes):
         return
     errors = sorted(directory.glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
@@ -118,8 +136,15 @@ def _load(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=False)
 
 
-def _main(worker: str, directory: Path) -> None:
-    rank = os.environ["RANK"]
+def _main(worker: str, directory: Path, env: dict[str, str]) -> None:
+    """The life of a rank; ``env`` is its whole environment."""
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(ROOT)
+    rank = env["RANK"]
+    output = os.open(directory / f"output-{rank}", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
     try:
         module, function = worker.split(":")
         torch.set_num_threads(1)
@@ -130,7 +155,3 @@ def _main(worker: str, directory: Path) -> None:
         raise
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    _main(sys.argv[1], Path(sys.argv[2]))

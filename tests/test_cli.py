@@ -50,6 +50,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 def outside_of_any_job(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)  # whatever other tests opened
 
 
 def wrong(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -206,15 +207,13 @@ def test_connected_ranks_let_the_first_one_speak(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        monkeypatch.setenv("RANK", "3")
-        monkeypatch.setenv("LOCAL_RANK", "3")
-        fail_with(monkeypatch, "raise ValueError('Only this rank sees it.')")
-        assert main(["report", "x"]) == 2
-        assert capsys.readouterr().err == "nemo-rlhf: error (rank 3): Only this rank sees it.\n"
-        monkeypatch.setenv("RANK", "0")
-        assert main(["report", "x"]) == 2
-        assert capsys.readouterr().err == ""
-    finally:
-        torch.distributed.destroy_process_group()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    fail_with(monkeypatch, "raise ValueError('Only this rank sees it.')")
+    assert main(["report", "x"]) == 2
+    assert capsys.readouterr().err == "nemo-rlhf: error (rank 3): Only this rank sees it.\n"
+    monkeypatch.setenv("RANK", "0")
+    assert main(["report", "x"]) == 2
+    assert capsys.readouterr().err == ""
