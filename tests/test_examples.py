@@ -17,7 +17,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import randomwalks  # noqa: E402
-from summarize import figures, preferences  # noqa: E402
+from summarize import figures, plot, preferences  # noqa: E402
 from summarize_docstrings import corpus, evaluate, model, prepare, reward  # noqa: E402
 from summarize_docstrings.corpus import Pair  # noqa: E402
 
@@ -385,3 +385,18 @@ def test_node_names_are_the_tokens(tmp_path):
     config = json.loads((directory / "config.json").read_text())
     assert config["vocab_size"] == len(tokenizer) == 23
     assert AutoConfig.from_pretrained(directory).num_attention_heads % 2 == 0
+
+
+def test_curves_of_several_runs_are_drawn(tmp_path):
+    for name, rises in (("one", 1.0), ("two", 2.0)):
+        for kl in ("0.05", "0"):
+            directory = tmp_path / name / f"ppo_kl_{kl}"
+            directory.mkdir(parents=True)
+            rows = [{"step": n, "reward/preference": n * rises, "reward/rouge_l": 0.1} for n in range(1, 4)]
+            (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [{"val/x": 1}, *rows]))
+    runs = [tmp_path / "one", tmp_path / "two"]
+    assert plot.curves(runs, "0", "reward/preference") == [[1.0, 2.0, 3.0], [2.0, 4.0, 6.0]]
+    plot.draw(runs, ["0.05", "0"], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"has no PPO run with --kl 1: run summarize.run --out \S*one --kl 1 first"):
+        plot.curves(runs, "1", "reward/preference")

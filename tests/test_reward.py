@@ -381,3 +381,25 @@ def test_a_run_learns_scores_from_a_classifier_of_hugging_face(tiny: Tiny, tmp_p
         expected = float(torch.corrcoef(torch.stack([scores, held_out]))[0, 1])
         assert line["val/correlation"] == pytest.approx(expected, abs=1e-4)
     assert logged["val/correlation"] > 0.9, lines[-1]
+
+
+def test_without_held_out_pairs_a_model_knows_no_scale(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nemo_rlhf.algorithms.scorer import UNMEASURED
+    from nemo_rlhf.cli import main
+
+    monkeypatch.setattr("nemo_rlhf.cli.launch_if_needed", lambda *sizes: None)
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "x", "chosen": "a", "rejected": "b"}) + "\n")
+    arguments = [
+        f"model.restore_from={tiny.hf}",
+        "model.init=random",
+        f"data.train={tmp_path / 'pairs.jsonl'}",
+        f"exp_manager.explicit_log_dir={tmp_path / 'run'}",
+        "exp_manager.create_tensorboard_logger=false",
+        "trainer.max_steps=1",
+        "model.global_batch_size=1",
+    ]
+    assert main(["reward", *arguments]) == 0
+    stored = read_architecture(tmp_path / "run" / "checkpoints" / "step_1")
+    assert (stored.score_mean, stored.score_std) == UNMEASURED
