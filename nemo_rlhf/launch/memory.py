@@ -145,7 +145,12 @@ def _evaluate(work: Work, plan: Plan, stage: int, models: list[Model], scoring: 
     rows = _resident(work, plan, stage, critic=not scoring, optimizers=False, scoring=scoring)
     if not scoring and plan.reference == "offload":
         assert work.reference is not None
-        rows["reference"] = held(work.reference, plan.cut, stage, False).weights
+        reference = held(work.reference, plan.cut, stage, False).weights
+        if "critic" not in plan.offload:
+            rows["reference"] = reference
+        elif reference > rows.get("critic weights", 0):  # of the two, one is there at a time
+            rows.pop("critic weights", None)
+            rows["reference"] = reference
     passage = work.passage(plan.micro_batch_size, None)
     return rows | {"temporaries": evaluating(tuple(models), plan.cut, stage, passage)}
 

@@ -1,0 +1,108 @@
+"""``nemo-rlhf slurm``: the job script of a command, printed, written, submitted, or shown to SLURM."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_rlhf.config import load
+from nemo_rlhf.config.slurm import SlurmSectionConfig
+from nemo_rlhf.launch.slurm import Job, render
+
+_SHAPE = re.compile(r"slurm\.(num_)?(nodes|gpus_per_node|ntasks\w*|devices|tasks\w*)$")
+
+
+def run_slurm(options: Namespace) -> str:
+    """What the terminal shows: the script, the file that it went to, the number of the submitted job, or what SLURM
+    says of it.
+
+    Raises:
+        ValueError: for whatever is wrong with the command, its configuration or that of the cluster, and with SLURM's
+            own words when it refuses the job.
+    """
+    slurm, words = _cluster(options.words, options.cluster)
+    if options.after is not None and not options.after.isdigit():
+        raise ValueError(f"--after={options.after} is not the number of a job: give the one that --submit printed.")
+    name = slurm.job_name or f"nemo-rlhf-{options.command}"
+    if options.command == "convert":
+        job = _conversion(name, words, options, slurm)
+    else:
+        job = _training(name, words, options, slurm)
+    script = render(job, slurm)
+    shown = script
+    if options.out is not None:
+        out = Path(options.out)
+        if not out.parent.is_dir():
+            raise ValueError(f"--out={out}: there is no directory {out.parent}, create it first.")
+        out.write_text(script)
+        out.chmod(0o755)
+        shown = f"{out}\n"
+    if options.test_only:
+        return _sbatch(script, "--test-only")
+    if options.submit:
+        Path(slurm.log_dir).mkdir(parents=True, exist_ok=True)
+        return _sbatch(script, "--parsable").partition(";")[0].strip() + "\n"
+    return shown
+
+
+def _cluster(words: Sequence[str], file: str | None) -> tuple[SlurmSectionConfig, list[str]]:
+    """The job's own section, and the words that are not for it."""
+    ours = [word for word in words if word.lstrip("+~").startswith("slurm.")]
+    for word in ours:
+        key = word.lstrip("+~").partition("=")[0]
+        if _SHAPE.match(key):
+            raise ValueError(
+                f"There is no configuration key {key}: nodes, processes and GPUs of the job are trainer.num_nodes and "
+                "trainer.devices of its command."
+            )
+    return load("slurm", ours, config_file=file).slurm, [word for word in words if word not in ours]
+
+
+def _training(name: str, overrides: list[str], options: Namespace, slurm: SlurmSectionConfig) -> Job:
+    cfg: Any = load(options.command, overrides, config_file=options.config)
+    devices = cfg.trainer.devices
+    config = [] if options.config is None else [f"--config={options.config}"]
+    return Job(
+        name=name,
+        command=["nemo-rlhf", options.command, *config, *overrides],
+        reads=cfg.model.restore_from,
+        writes=cfg.exp_manager.explicit_log_dir,
+        num_nodes=cfg.trainer.num_nodes,
+        num_local=devices,
+        gpus=devices if slurm.gpus else 0,
+        resumes=True,
+        after=options.after,
+    )
+
+
+def _conversion(name: str, words: list[str], options: Namespace, slurm: SlurmSectionConfig) -> Job:
+    if len(words) != 3 or words[0] not in ("import", "export"):
+        raise ValueError(
+            "A conversion is written as convert import HF_DIR CKPT_DIR or convert export CKPT_DIR HF_DIR, "
+            f"not convert {' '.join(words)}."
+        )
+    if options.config is not None:
+        raise ValueError(f"--config={options.config} has no use in a conversion: leave it out.")
+    return Job(
+        name=name,
+        command=["nemo-rlhf", "convert", *words, f"--workers={slurm.cpus_per_task or 1}"],
+        reads=words[1],
+        writes=str(Path(words[2]).parent),
+        after=options.after,
+    )
+
+
+def _sbatch(script: str, option: str) -> str:
+    """What sbatch says of the script."""
+    if shutil.which("sbatch") is None:
+        raise ValueError("There is no sbatch on this machine: write the script with --out, and submit it from another.")
+    done = subprocess.run(["sbatch", option], input=script, capture_output=True, text=True, check=False)
+    said = re.sub(r"^sbatch: ", "", (done.stdout + done.stderr).strip(), flags=re.MULTILINE)
+    if done.returncode != 0:
+        raise ValueError(f"SLURM refuses the job: {' '.join(said.replace('error: ', '').split())}")
+    return f"{said}\n"

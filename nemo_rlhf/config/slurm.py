@@ -1,0 +1,114 @@
+"""What ``nemo-rlhf slurm`` must know of a cluster: account, limits, container, environment, requeueing.
+
+Nodes, processes and GPUs are not here: they are ``trainer.num_nodes`` and ``trainer.devices`` of the command that the
+job runs, so that the two cannot disagree.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from nemo_rlhf.config.rules import COUNT, NOT_NEGATIVE, Rule
+
+
+@dataclass
+class ContainerConfig:
+    runtime: str | None = None  # null: none | "pyxis" (enroot) | "apptainer"
+    image: str | None = None  # what the runtime calls an image: a .sqsh or .sif file, or a reference
+    mounts: list[str] = field(default_factory=list)  # "source:target"; the working directory is always there
+
+
+@dataclass
+class SlurmSectionConfig:
+    job_name: str | None = None  # null: nemo-rlhf-<command>
+    account: str | None = None  # who pays; null: your default
+    partition: str | None = None  # null: the cluster's default
+    qos: str | None = None  # quality of service; null: your default
+    time: str = "04:00:00"  # limit of one run of the job, as sbatch takes it
+    gpus: bool = True  # ask for trainer.devices GPUs on every node
+    gpu_type: str | None = None  # "h100", if the cluster has several
+    cpus_per_task: int | None = None  # cores of each process; null: the cluster's default
+    memory: str | None = "0"  # of each node, "500G"; "0": all of it; null: the cluster's default
+    exclusive: bool = True  # nobody else on the nodes
+    options: list[str] = field(default_factory=list)  # further options of sbatch, "--constraint=ib"
+    container: ContainerConfig = field(default_factory=ContainerConfig)
+    modules: list[str] = field(default_factory=list)  # for "module load", outside the container
+    setup: list[str] = field(default_factory=list)  # lines of shell before anything starts, such as activating a venv
+    environment: dict[str, str] = field(default_factory=dict)  # variables to export, NCCL's among them
+    signal_s: int = 300  # seconds before the time limit at which the run is told to save and end
+    max_requeues: int = 3  # times in a row that a job goes back into the queue without a new checkpoint
+    preflight_timeout_s: int = 300  # seconds for every node to start its checks; fetching an image counts
+    min_free_gib: float = 50.0  # that must be free where the run directory is
+    log_dir: str = "."  # where the logs go; it must exist when the job starts
+
+
+@dataclass
+class SlurmConfig:
+    """Configuration of ``nemo-rlhf slurm``."""
+
+    slurm: SlurmSectionConfig = field(default_factory=SlurmSectionConfig)
+
+
+_RANGES: dict[str, Rule] = {
+    "signal_s": COUNT,
+    "max_requeues": NOT_NEGATIVE,
+    "preflight_timeout_s": COUNT,
+    "min_free_gib": NOT_NEGATIVE,
+}
+_TIME = re.compile(r"\d+(:[0-5]?\d){0,2}|\d+-\d+(:[0-5]?\d){0,2}")
+_PLAIN = re.compile(r"[\w.@%+,:=/-]+")  # what needs no quotes in a directive of sbatch
+_VARIABLE = re.compile(r"[A-Za-z_]\w*")
+_OURS = re.compile(
+    r"-[NnGJoetApqc]|--(nodes|ntasks|gpus|gres|job-name|output|error|time|account|partition|qos|mem|"
+    r"cpus-per-task|exclusive|signal|requeue|no-requeue|open-mode)\b"
+)
+
+
+def check_slurm(cfg: SlurmConfig) -> None:
+    """Raises ValueError for a value that SLURM, or the script, could not be given."""
+    slurm = cfg.slurm
+    for name, (words, holds) in _RANGES.items():
+        if not holds(getattr(slurm, name)):
+            raise ValueError(f"slurm.{name}={getattr(slurm, name)} is out of range: it must be {words}.")
+    if slurm.cpus_per_task is not None and slurm.cpus_per_task < 1:
+        raise ValueError(f"slurm.cpus_per_task={slurm.cpus_per_task} is out of range: it must be 1 or more, or null.")
+    if not _TIME.fullmatch(slurm.time):
+        raise ValueError(f"slurm.time={slurm.time} is not a time: write hours:minutes:seconds, such as 04:00:00.")
+    for name in ("job_name", "account", "partition", "qos", "gpu_type", "memory", "log_dir"):
+        value = getattr(slurm, name)
+        if value is not None and not _PLAIN.fullmatch(value):
+            raise ValueError(
+                f"slurm.{name}={value!r} cannot stand in a job script: use letters, digits and _ . - / : = only."
+            )
+    for option in slurm.options:
+        _check_option(option)
+    for name in slurm.environment:
+        if not _VARIABLE.fullmatch(name):
+            raise ValueError(f"slurm.environment has {name!r}, which cannot be the name of a variable: rename it.")
+    _check_container(slurm.container)
+
+
+def _check_option(option: str) -> None:
+    if "\n" in option or not option.startswith("-"):
+        raise ValueError(f"slurm.options has {option!r}, which is no option of sbatch: write one as --constraint=ib.")
+    if _OURS.match(option):
+        raise ValueError(
+            f"slurm.options has {option!r}, which is decided elsewhere: nodes and GPUs by trainer.num_nodes and "
+            "trainer.devices, the rest by keys of their own in slurm."
+        )
+
+
+def _check_container(container: ContainerConfig) -> None:
+    if container.runtime not in (None, "pyxis", "apptainer"):
+        raise ValueError(f"slurm.container.runtime={container.runtime} is not known: choose pyxis, apptainer or null.")
+    if (container.runtime is None) != (container.image is None):
+        raise ValueError(
+            f"slurm.container.runtime={container.runtime} and slurm.container.image={container.image} belong together: "
+            "set both or neither."
+        )
+    if container.runtime is None and container.mounts:
+        raise ValueError("slurm.container.mounts has no use without a container: set slurm.container.runtime, too.")
+    for mount in container.mounts:
+        if not re.fullmatch(r"/[^:,\s]*:/[^:,\s]*(:\w+)?", mount):
+            raise ValueError(f"slurm.container.mounts has {mount!r}: write source:target with two absolute paths.")

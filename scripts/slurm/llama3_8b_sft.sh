@@ -1,0 +1,142 @@
+#!/bin/bash
+# llama3_8b_sft: written by nemo-rlhf slurm. Nodes and tasks are trainer.num_nodes and trainer.devices of the command
+# at the end: write the script again to change them.
+#SBATCH --job-name=llama3_8b_sft
+#SBATCH --account=my_account
+#SBATCH --partition=batch
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --mem=0
+#SBATCH --exclusive
+#SBATCH --time=04:00:00
+#SBATCH --signal=USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=./%x-%j.log
+
+export NCCL_DEBUG=WARN
+export NCCL_IB_TIMEOUT=22
+export TORCH_NCCL_AVOID_RECORD_STREAMS=1
+export CUDA_DEVICE_MAX_CONNECTIONS=1
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-12}"
+
+set -uo pipefail
+trap : TERM USR1 # this shell has to outlive the ranks, to read their exit codes
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+attempt=${SLURM_RESTART_COUNT:-0}
+MASTER_ADDR=${nodes[0]}
+# Below the range of outgoing connections; no two jobs of a cluster, and no two attempts, are likely to share it.
+MASTER_PORT=$((10000 + (SLURM_JOB_ID * 31 + attempt) % 20000))
+export MASTER_ADDR MASTER_PORT
+
+run_dir=/shared/runs/llama3_8b_sft
+job_logs=./llama3_8b_sft-$SLURM_JOB_ID
+logs=$job_logs/attempt_$attempt
+mkdir -p "$logs" "$run_dir" || exit 1
+container=(
+    --container-image=/shared/images/nemo_rlhf.sqsh
+    --container-mounts="/shared:/shared,$PWD:$PWD"
+    --container-workdir="$PWD"
+    "--container-env=NCCL_DEBUG,NCCL_IB_TIMEOUT,TORCH_NCCL_AVOID_RECORD_STREAMS,CUDA_DEVICE_MAX_CONNECTIONS"
+)
+inside=()
+
+say() { echo "nemo-rlhf slurm: $*"; }
+
+# Attempts in a row, however they came about, that began where the one before did.
+newest_checkpoint() { find "$run_dir/checkpoints" -maxdepth 1 -name 'step_*[0-9]' 2>/dev/null | sort -V | tail -n 1; }
+begun_at=$(newest_checkpoint)
+in_vain=0 before=""
+if [[ -f $job_logs/progress ]]; then
+    { read -r in_vain; read -r before; } <"$job_logs/progress"
+    [[ $begun_at == "$before" ]] && in_vain=$((in_vain + 1)) || in_vain=0
+fi
+printf '%s\n%s\n' "$in_vain" "$begun_at" >"$job_logs/progress"
+if ((in_vain > 3)); then
+    say "3 times back in the queue without a new checkpoint: no further attempt."
+    exit 1
+fi
+
+# Ends with exit code $1, after going back into the queue where another attempt may get further.
+finish() {
+    local code=$1 newest refusal
+    newest=$(newest_checkpoint)
+    if [[ $code -ne 0 && $code -ne 2 && $(squeue -h -j "$SLURM_JOB_ID" -o %T) == RUNNING ]]; then # not cancelled
+        if [[ $newest != "$begun_at" ]] || ((in_vain < 3)); then
+            say "exit code $code after ${newest:-no checkpoint}; back into the queue."
+            refusal=$(scontrol requeue "$SLURM_JOB_ID" 2>&1) # which ends this script, sooner or later
+            [[ -z $refusal ]] && exit "$code"
+            say "SLURM does not take it back: $refusal"
+        else
+            say "3 times back in the queue without a new checkpoint: this was the last attempt."
+        fi
+    fi
+    say "ended with exit code $code after ${newest:-no checkpoint}."
+    exit "$code"
+}
+
+say "attempt $attempt on ${nodes[*]}; logs of ranks are in $logs"
+timeout 600 srun --kill-on-bad-exit=1 --nodes=1 \
+    --ntasks=8 --ntasks-per-node=8 \
+    ${container[@]+"${container[@]}"} ${inside[@]+"${inside[@]}"} python3 -m nemo_rlhf.cli.preflight \
+    --reads=/shared/models/llama3-8b --writes="$run_dir" --gpus=8 --min-free-gib=50.0 \
+    --timeout-s=300 --nodes "${nodes[@]}"
+code=$?
+if ((code != 0)); then
+    say "the pre-flight step ended with exit code $code; nothing was started."
+    # At first it is the set-up that is wrong; later, a node may have broken.
+    ((attempt > 0)) && finish 1
+    exit 1
+fi
+
+# One process of the job. Its exit code goes to a file, as srun tells only the highest of all.
+# shellcheck disable=SC2317,SC2329
+rank() {
+    trap : TERM USR1 # SLURM signals this shell, too, which must wait for the program to save
+    local logs=$1 code
+    shift
+    "$@"
+    code=$?
+    echo "$(date +%s.%N) $code $SLURM_PROCID ${SLURMD_NODENAME:-$HOSTNAME}" >"$logs/rank_$SLURM_PROCID.code"
+    case $code in
+    0 | 69 | 75) exit 0 ;; # the other ranks are about to end in the same way
+    esac
+    sleep 5 # the others say what they know of it before srun kills them
+    exit "$code"
+}
+
+srun --kill-on-bad-exit=1 --nodes=1 --ntasks=8 --ntasks-per-node=8 \
+    --cpus-per-task=12 \
+    --output="$logs/rank_%t.log" ${container[@]+"${container[@]}"} \
+    bash -c "$(declare -f rank); rank \"\$@\"" rank "$logs" ${inside[@]+"${inside[@]}"} \
+    nemo-rlhf sft \
+    --config=examples/llama3_8b_sft \
+    exp_manager.explicit_log_dir=/shared/runs/llama3_8b_sft \
+    model.restore_from=/shared/models/llama3-8b \
+    data.train=/shared/data/train.jsonl \
+    data.validation=/shared/data/validation.jsonl
+code=$?
+
+# The rank that failed first decided the end; without one, 69 or 75 say that everything was saved.
+ends=$(cat "$logs"/rank_*.code 2>/dev/null | sort -n)
+first=$(awk '$2 != 0 && $2 != 69 && $2 != 75 {print; exit}' <<<"$ends")
+if [[ -n $first ]]; then
+    read -r _ code culprit node <<<"$first"
+    log=$logs/rank_$culprit.log
+    if ((code == 2)); then # all ranks find the same mistake, and one says so
+        log=$(grep -l '^nemo-rlhf: error' "$logs"/rank_*.log | sort -V | head -n 1)
+        log=${log:-$logs/rank_$culprit.log}
+    fi
+    say "rank $culprit on $node ended first, with exit code $code; the end of $log:"
+    tail -n 30 "$log"
+elif ((code != 0)); then
+    say "srun ended with exit code $code before any rank told its own; the ends of all logs:"
+    tail -n 5 "$logs"/rank_*.log
+elif grep -q ' 69 ' <<<"$ends"; then
+    code=69
+elif grep -q ' 75 ' <<<"$ends"; then
+    code=75
+fi
+finish "$code"

@@ -1,0 +1,312 @@
+"""Job scripts: what they say, that shells and SLURM accept them, and jobs that really run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nemo_rlhf.cli import main
+from nemo_rlhf.config import load
+from nemo_rlhf.launch.slurm import Job, render
+from tests.jobs import FROM_OUTSIDE, ROOT
+from tests.slurm import Cluster, Jobs, cluster, why_not
+
+PPO = [
+    "ppo",
+    "model.restore_from=/shared/sft",
+    "data.prompts=prompts.jsonl",
+    "reward.function=my.rewards:score",
+    "exp_manager.explicit_log_dir=/shared/run",
+]
+SEVENTY = [*PPO, "--config", "examples/llama3_70b_ppo"]
+NO_ACCOUNT = "slurm.account=null"
+needs_slurm = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def outside() -> Iterator[None]:
+    """Jobs inherit the environment of who submits them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in FROM_OUTSIDE:
+            patch.delenv(name, raising=False)
+        yield
+
+
+def script(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["slurm", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["slurm", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("nemo-rlhf: error: ") and err.count("\n") == 1
+    return err
+
+
+def directives(text: str) -> dict[str, str]:
+    found = re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", text, re.MULTILINE)
+    assert len(found) == len(dict(found))
+    return dict(found)
+
+
+VARIANTS = {
+    "plain": PPO,
+    "pyxis": [*SEVENTY, "--cluster", "cluster/pyxis"],
+    "apptainer": [*SEVENTY, "--cluster", "cluster/apptainer", "slurm.container.mounts=['/a:/b','/c:/c']"],
+    "venv": [*PPO, "--cluster", "cluster/venv", "slurm.max_requeues=0", "slurm.gpu_type=h100"],
+    "quotes": [*PPO, "data.prompts='it is; $(here) \\'a\\'.jsonl'", "slurm.environment={NAME:'a $b \"c\"'}"],
+    "convert": ["convert", "import", "/hf/a b", "/shared/a b", "slurm.gpus=false", "slurm.cpus_per_task=4"],
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_shells_accept_the_scripts(name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "job.sh"
+    assert script(capsys, *VARIANTS[name], "--out", str(path)) == f"{path}\n"
+    assert path.read_text() == script(capsys, *VARIANTS[name])
+    passes_shellcheck(path, "--severity=warning")  # how a user's own words are quoted is no matter of style
+
+
+def passes_shellcheck(path: Path, *options: str) -> None:
+    shellcheck = shutil.which("shellcheck", path=str(Path(sys.executable).parent)) or shutil.which("shellcheck")
+    assert shellcheck, "the extra dev brings shellcheck"
+    checked = subprocess.run([shellcheck, *options, path], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_nodes_and_gpus_have_one_source(capsys: pytest.CaptureFixture[str]) -> None:
+    text = script(capsys, *SEVENTY, "trainer.num_nodes=16", "--cluster", "cluster/pyxis", "--after", "77")
+    said = directives(text)
+    assert said["nodes"] == "16" and said["ntasks-per-node"] == said["gpus-per-node"] == "8"
+    assert said["signal"] == "USR1@300" and "requeue" in said and said["dependency"] == "afterok:77"
+    assert "--nodes=16 --ntasks=128 --ntasks-per-node=8" in text and "trainer.num_nodes=16" in text
+    assert "--container-image=/shared/images/nemo_rlhf.sqsh" in text
+    for key in ("slurm.nodes=2", "slurm.num_nodes=2", "slurm.gpus_per_node=8", "+slurm.ntasks=8"):
+        assert "trainer.num_nodes and trainer.devices" in refused(capsys, *PPO, key)
+    for option in ("--nodes=2", "-N2", "--gpus-per-node=4", "--gres=gpu:2"):
+        assert "trainer.num_nodes and trainer.devices" in refused(capsys, *PPO, f"slurm.options=['{option}']")
+    assert directives(script(capsys, *PPO, "slurm.options=['--constraint=ib']"))["constraint"] == "ib"
+
+
+def test_a_job_of_cpus_asks_for_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    said = directives(script(capsys, *PPO, "slurm.gpus=false", "slurm.exclusive=false", "slurm.memory=null"))
+    assert not {"gpus-per-node", "exclusive", "mem", "account", "dependency"} & set(said)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["slurm.tine=1"], "slurm.time"),
+        (["slurm.time=soon"], "04:00:00"),
+        (["slurm.signal_s=0"], "1 or more"),
+        (["slurm.cpus_per_task=0"], "1 or more"),
+        (["slurm.account='a b'"], "slurm.account='a b'"),
+        (["slurm.container.runtime=docker"], "pyxis, apptainer"),
+        (["slurm.container.image=/a.sif"], "set both or neither"),
+        (["slurm.container.mounts=['/a:/b']"], "slurm.container.runtime"),
+        (["slurm.container={runtime: pyxis, image: /a.sqsh, mounts: ['/c d:/c']}"], "'/c d:/c'"),
+        (["slurm.environment={'A B':c}"], "slurm.environment"),
+        (["slurm.options=[constraint]"], "--constraint=ib"),
+        (["ppo.lamb=1"], "ppo.lam"),
+        (["--cluster", "nowhere"], "no configuration file nowhere"),
+        (["--after", "x"], "--after=x"),
+        (["--out", "/nowhere/job.sh"], "create it first"),
+        (["--submit", "--test-only"], "not allowed with"),
+    ],
+)
+def test_mistakes_are_told(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sentence in refused(capsys, *PPO, *words)
+
+
+def test_mistakes_in_a_conversion_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "convert import HF_DIR CKPT_DIR" in refused(capsys, "convert", "import", "/a")
+    assert "--config=x" in refused(capsys, "convert", "import", "/a", "/b", "--config", "x")
+
+
+def test_without_slurm_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    for option in ("--submit", "--test-only"):
+        assert "no sbatch on this machine" in refused(capsys, *PPO, option)
+
+
+def test_shipped_scripts_are_what_the_command_writes(tmp_path: Path) -> None:
+    shipped = ROOT / "scripts" / "slurm"
+    subprocess.run([shipped / "render.sh", "cluster/pyxis", tmp_path], env=with_program(), check=True)
+    written = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert len(written) == 4
+    assert written == {name: (shipped / name).read_text() for name in written}, "run scripts/slurm/render.sh again"
+    for path in shipped.glob("*.sh"):
+        passes_shellcheck(path)
+
+
+def check_nodes(tmp_path: Path, *of_nodes: dict[str, str], absent: int = 0) -> tuple[int, str]:
+    """Exit code and words of the pre-flight step with a process on each node, ``of_nodes`` being what differs there."""
+    names = [f"n{index + 1}" for index in range(len(of_nodes) + absent)]
+    command = [sys.executable, "-m", "nemo_rlhf.cli.preflight", f"--reads={ROOT}", f"--writes={tmp_path}"]
+    command += ["--timeout-s=8", "--nodes", *names]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1] - 1
+    processes: list[subprocess.Popen[str]] = []
+    for rank, differs in enumerate(of_nodes):
+        task = {"SLURM_PROCID": str(rank), "SLURM_NTASKS": str(len(names)), "SLURM_LOCALID": "0"}
+        place = {"SLURMD_NODENAME": names[rank], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        env = {**with_program(), **task, **place, **differs}
+        processes.append(
+            subprocess.Popen(
+                command, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+        )
+    said = [process.communicate(timeout=60)[0] for process in processes]
+    codes = {process.returncode for process in processes}
+    assert len(codes) == 1, said
+    return codes.pop(), "".join(said)
+
+
+def test_the_bad_node_is_named_before_anything_starts(tmp_path: Path) -> None:
+    code, said = check_nodes(tmp_path, {}, {}, {"GLOO_SOCKET_IFNAME": "nothing0"})
+    assert code == 1
+    assert re.fullmatch(r"pre-flight: n3 and n1 cannot sum a tensor over the network \(.*nothing0.*\)\.\n", said), said
+    other = tmp_path / "other"
+    shutil.copytree(ROOT / "nemo_rlhf", other / "nemo_rlhf")
+    (other / "nemo_rlhf" / "types.py").write_text("# stale\n")
+    code, said = check_nodes(tmp_path, {}, {"PYTHONPATH": str(other)}, absent=1)
+    assert code == 1 and said.startswith("pre-flight: n3 was not heard of within 8 s.\n")
+    said = said.partition("\n")[2]
+    assert re.fullmatch(r"pre-flight: n2 has nemo_rlhf [\d.]+ \(\w+\), .*, but n1 has nemo_rlhf .*\.\n", said), said
+
+
+def with_program() -> dict[str, str]:
+    """An environment in which ``nemo-rlhf`` is this checkout's."""
+    return {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[Cluster]:
+    with cluster() as made:
+        yield made
+
+
+@needs_slurm
+@pytest.mark.usefixtures("slurm")
+def test_slurm_accepts_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("pyxis", "apptainer", "venv"):
+        said = script(capsys, *SEVENTY, "--cluster", f"cluster/{name}", NO_ACCOUNT, "--test-only")
+        assert re.match(r"Job \d+ to start at .* on nodes gpu\[1-8\] in partition batch", said)
+    convert = ["convert", "import", "/hf", "/shared/a", "slurm.partition=cpu", "--test-only"]
+    assert "in partition cpu" in script(capsys, *convert)
+    said = refused(capsys, *SEVENTY, "trainer.num_nodes=16", "--cluster", "cluster/pyxis", NO_ACCOUNT, "--test-only")
+    assert "SLURM refuses the job: " in said and "not available" in said
+    assert "partition" in refused(capsys, *PPO, "slurm.partition=none", "--submit")
+
+
+# What the program does, told by the name of the job and the number of the attempt.
+STUB = """#!/bin/bash
+attempt=${SLURM_RESTART_COUNT:-0}
+checkpoint() { mkdir -p "$SLURM_JOB_NAME/checkpoints/step_$((attempt + 1))"; }
+case $SLURM_JOB_NAME in
+vain) echo "attempt $attempt is in vain"; ((attempt)) && exit 69; kill -KILL $$ ;;
+wrong) [[ $SLURM_PROCID == 1 ]] && echo "nemo-rlhf: error (rank 1): no such file."; exit 2 ;;
+unhurried) trap 'checkpoint; exit 75' USR1 ;;
+cancelled) trap 'checkpoint; exit 75' TERM ;;
+esac
+touch "$SLURM_JOB_NAME.$attempt"
+case $SLURM_JOB_NAME.$attempt in
+unhurried.2) exit 0 ;;
+esac
+sleep 600 & wait
+"""
+
+
+@needs_slurm
+@pytest.mark.usefixtures("slurm")
+def test_what_becomes_of_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a program that only ends, in every way there is."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nemo-rlhf").write_text(STUB)
+    (tmp_path / "bin" / "nemo-rlhf").chmod(0o755)
+    jobs = Jobs(tmp_path)
+
+    def submit(name: str, *words: str) -> str:
+        run = ["sft", "model.restore_from=.", "data.train=x", f"exp_manager.explicit_log_dir={name}", *words]
+        return jobs.submit(name, *run, "slurm.max_requeues=1")
+
+    unhurried = submit("unhurried")
+    cancelled, vain = submit("cancelled"), submit("vain")
+    wrong = submit("wrong", "trainer.devices=2")
+    unseen = submit("unseen", "model.restore_from=/nowhere/model")
+
+    # stopped twice and each time further than before: back into the queue more often than max_requeues
+    jobs.wait_until((tmp_path / "unhurried.0").exists)
+    subprocess.run(["scancel", "--signal=USR1", unhurried], check=True)
+    jobs.wait_until((tmp_path / "cancelled.0").exists)
+    subprocess.run(["scancel", cancelled], check=True)
+    assert jobs.finished(cancelled) == "CANCELLED" and "back into" not in jobs.log("cancelled", cancelled)
+
+    assert jobs.finished(vain) == "FAILED"
+    log = jobs.log("vain", vain)
+    assert log.count("exit code 137 after no checkpoint; back into the queue.") == 1
+    assert "1 times back in the queue without a new checkpoint: this was the last attempt." in log
+    assert log.endswith("ended with exit code 69 after no checkpoint.\n")
+    assert re.search(
+        r"rank 0 on n\d ended first, with exit code 137; the end of logs/\S+/attempt_0/rank_0.log:\nattempt 0 is", log
+    )
+
+    assert jobs.finished(wrong) == "FAILED"
+    log = jobs.log("wrong", wrong)
+    assert "with exit code 2; the end of " in log and "back into the queue" not in log
+    assert log.count("nemo-rlhf: error (rank 1): no such file.") == 1
+
+    assert jobs.finished(unseen) == "FAILED"
+    assert re.search(r"^pre-flight: n\d does not see /nowhere/model\.$", jobs.log("unseen", unseen), re.MULTILINE)
+
+    jobs.wait_until((tmp_path / "unhurried.1").exists)
+    jobs.preempt()
+    assert jobs.finished(unhurried) == "COMPLETED"
+    log = jobs.log("unhurried", unhurried)
+    for code, step in ((75, 1), (75, 2)):
+        assert f"exit code {code} after unhurried/checkpoints/step_{step}; back into the queue." in log
+    assert log.endswith("ended with exit code 0 after unhurried/checkpoints/step_2.\n")
+    attempt = tmp_path / "logs" / f"unhurried-{unhurried}" / "attempt_2"
+    assert {path.name for path in attempt.iterdir()} == {"rank_0.log", "rank_0.code"}
+    assert not list((tmp_path / "unhurried").glob(".preflight*"))
+
+
+@needs_slurm
+@pytest.mark.usefixtures("slurm")
+def test_a_chain_waits_for_each_of_its_jobs(tmp_path: Path) -> None:
+    ours = ["slurm.account=null", "slurm.options=[--hold]", f"slurm.log_dir={tmp_path}"]
+    chain = [ROOT / "scripts" / "slurm" / "chain.sh", "cluster/pyxis", "70b", "/shared/hf/llama2-70b", "/shared"]
+    done = subprocess.run([*chain, *ours], env=with_program(), capture_output=True, text=True, check=True)
+    numbers = dict(re.findall(r"(\w+) (\d+)", done.stdout))
+    assert list(numbers) == ["convert", "sft", "reward", "ppo"]
+    queue = ["squeue", "-h", "-o", "%A %j %D %E", "-j", ",".join(numbers.values())]
+    shown = subprocess.run(queue, capture_output=True, text=True, check=True).stdout.splitlines()
+    jobs = [line.split(maxsplit=3) for line in sorted(shown)]
+    assert [(name, nodes) for _, name, nodes, _ in jobs] == [
+        ("convert_70b", "1"), ("sft_70b", "4"), ("reward_70b", "4"), ("ppo_70b", "8")
+    ]  # fmt: skip
+    waits_for = [re.findall(r"afterok:(\d+)", after) for *_, after in jobs]
+    assert waits_for == [[], [numbers["convert"]], [numbers["sft"]], [numbers["reward"]]]
+    subprocess.run(["scancel", *numbers.values()], check=True)
+
+
+def test_a_training_job_may_go_back_into_the_queue_and_a_conversion_not() -> None:
+    slurm = load("slurm").slurm
+    job = Job("x", ["nemo-rlhf", "sft"], "/a", "/b", resumes=True)
+    assert "scontrol requeue" in render(job, slurm)
+    assert "scontrol requeue" not in render(Job("x", ["nemo-rlhf", "convert"], "/a", "/b"), slurm)
