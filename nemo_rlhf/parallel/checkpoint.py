@@ -11,8 +11,8 @@ import itertools
 import json
 import queue
 import shutil
-from collections.abc import Callable, Collection
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,14 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_rlhf.config.architecture import Architecture
 from nemo_rlhf.parallel import manifest, state
 from nemo_rlhf.parallel.gpt import GPT
 from nemo_rlhf.parallel.manifest import MANIFEST
+from nemo_rlhf.parallel.writers import Mailbox
 
 WEIGHTS = "weights"
 PARTIAL = ".partial"
@@ -65,17 +67,31 @@ class SaveError(OSError):
     """A checkpoint could not be written; what was there before is untouched. Every rank raises it in the same words."""
 
 
-_turns = itertools.count()  # of _together, the same on every rank
+_turns = itertools.count()  # of together, the same on every rank
+_take: Callable[[AsyncRequest], None] | None = None  # who writes what save_tensors plans; None: it writes itself
 _FAILURES = (OSError, RuntimeError, CheckpointException, CheckpointingException)
 
 
 def save_tensors(sharded_state: dict[str, Any], directory: Path) -> None:
     """Write a sharded state dict, all ranks together. The directory must exist and be empty."""
-    if filesystem_async._results_queue is None:
-        # megatron would start a process for its queue, which imports a user's script again and outlives a killed
-        # rank; saving as we do, nothing but this process uses the queue
+    # megatron would start a process for its queue, which imports a user's script again and outlives a killed rank
+    if _take is None:
         filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(sharded_state, str(directory))
+        dist_checkpointing.save(sharded_state, str(directory))
+    else:
+        filesystem_async._results_queue = Mailbox()
+        _take(dist_checkpointing.save(sharded_state, str(directory), async_sharded_save=True))
+
+
+@contextmanager
+def handed_over(take: Callable[[AsyncRequest], None]) -> Iterator[None]:
+    """Inside, ``save_tensors`` writes nothing itself, but hands what is to be written to ``take``."""
+    global _take
+    _take = take
+    try:
+        yield
+    finally:
+        _take = None
 
 
 def load_tensors(sharded_state: dict[str, Any], directory: Path, strict: str = "raise_unexpected") -> dict[str, Any]:
@@ -148,26 +164,51 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         SaveError: on every rank, when any of them failed to write; what stood at ``path`` is still there.
     """
     path = Path(path)
-    partial = path.with_name(path.name + PARTIAL)
+    with told_as_save_error(path):
+        partial = begin(path)
+        together(lambda: write(partial), path.parent)
+        complete(path, {})
 
-    def begin() -> None:
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + PARTIAL)
+
+
+def begin(path: Path) -> Path:
+    """A new directory for what will be ``path``."""
+    partial = _partial(path)
+
+    def make() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
 
-    def finish() -> None:
+    on_rank_zero(make)
+    return partial
+
+
+def complete(path: Path, described: dict[str, list[int]]) -> None:
+    """Give what stands in ``begin``'s directory its manifest and its name. ``described``: what this rank knows of its
+    files already, which are on the disk."""
+    partial = _partial(path)
+    _write_manifest(partial, described)
+
+    def rename() -> None:
         if path.exists():
             shutil.rmtree(path)
         partial.rename(path)
         manifest.fsync(path.parent)
 
+    on_rank_zero(rename)
+
+
+@contextmanager
+def told_as_save_error(path: Path) -> Iterator[None]:
+    """Failures inside, which are every rank's, leave nothing behind and are raised as SaveError."""
     try:
-        on_rank_zero(begin)
-        _together(lambda: write(partial), path.parent)
-        _write_manifest(partial)
-        on_rank_zero(finish)
+        yield
     except _FAILURES as error:
         if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(_partial(path), ignore_errors=True)
         raise SaveError(
             f"the checkpoint {path} could not be written ({_reason(error)}): free space or name another directory; "
             f"earlier checkpoints are untouched."
@@ -183,7 +224,7 @@ def _reason(error: BaseException) -> str:
     return " ".join(str(error).split())[:400] or type(error).__name__
 
 
-def _together(action: Callable[[], None], place: Path) -> None:
+def together(action: Callable[[], None], place: Path) -> None:
     """Run ``action`` on every rank; when it fails on any of them all raise an OSError in the same words, and none waits
     for another. ``place``: whose free space is told.
 
@@ -233,15 +274,18 @@ def _describe(directory: Path, names: list[str]) -> dict[str, list[int]]:
     return {name: entry for part in parts for name, entry in part.items()}
 
 
-def _write_manifest(directory: Path) -> None:
-    names = manifest.files(directory)
+def _write_manifest(directory: Path, described: dict[str, list[int]]) -> None:
+    parts: list[dict[str, list[int]]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(parts, described)
+    known = {name: entry for part in parts for name, entry in part.items()}
+    names = [name for name in manifest.files(directory) if name not in known]
 
     def sync() -> None:
         for name in names[dist.get_rank() :: dist.get_world_size()]:
             manifest.fsync(directory / name)
 
-    _together(sync, directory)
-    files = _describe(directory, names)
+    together(sync, directory)
+    files = known | _describe(directory, names)
 
     def write() -> None:
         if unread := sorted(set(names) - set(files)):

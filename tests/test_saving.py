@@ -1,0 +1,76 @@
+"""Checkpoints that are written while training goes on: the same bytes, in order, and whole or not there."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.spawn import DistributedFailure, run_distributed
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks have left, which killed themselves at the end."""
+    directory = tmp_path_factory.mktemp("saving")
+    with pytest.raises(DistributedFailure, match=r"died \(-9\)"):
+        run_distributed("tests.workers.saving_worker:run", 2, str(directory), timeout_s=120)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def found(place: Path) -> list[dict[str, Any]]:
+    return [json.loads((place / f"found_{rank}.json").read_text()) for rank in range(2)]
+
+
+def files(directory: Path) -> dict[str, list[int]]:
+    listed = json.loads((directory / "manifest.json").read_text())["files"]
+    # but for what holds the directory's own name
+    return {name: entry for name, entry in listed.items() if not name.endswith("/.metadata")}
+
+
+def test_what_is_saved_is_what_was_there_when_it_was_asked_for(place: Path, found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        said = rank["snapshot"]
+        assert said["early"] is False and said["there"] is False and said["polls"] > 1
+        assert said["pending"] is None and said["again"] == [False, False]
+    tensors = [name for name in files(place / "by_ranks") if name.endswith(".distcp")]
+    assert len(tensors) > 4
+    assert files(place / "beside") == files(place / "by_ranks")
+
+
+def test_the_optimizer_s_state_is_each_parameter_s_own(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        assert rank["buckets"]["padded"] > 3
+        assert rank["buckets"]["parameters"] == 15 and rank["buckets"]["wrong"] == 0
+
+
+def test_a_save_waits_for_the_one_before(place: Path, found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        assert rank["order"] == {"first": True, "pending": str(place / "second"), "waited": True}
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("full disk", "No space left on device"),
+        ("killed writer", "the process that wrote it ended with code -9"),
+        ("late writer", "the process that wrote it had not finished after 1 s"),
+    ],
+)
+def test_a_failure_is_every_rank_s_and_leaves_what_was_there(found: list[dict[str, Any]], how: str, words: str) -> None:
+    (sentence, left), other = (rank["failures"][how] for rank in found)
+    assert [sentence, left] == other
+    assert "/first could not be written" in sentence and "rank 1" in sentence and words in sentence
+    assert "earlier checkpoints are untouched" in sentence
+    assert left == []
+
+
+def test_a_killed_run_leaves_no_checkpoint_and_no_writer(place: Path) -> None:
+    assert not (place / "killed").exists()
+    (place / "never").touch()  # what writers that live on would wait for
+    time.sleep(0.3)
+    assert list((place / "killed.partial").rglob("*.distcp")) == []
