@@ -1,0 +1,110 @@
+"""What a model wrote, as HTML that cannot do anything: escaped, cut to a readable length, with nothing invisible in it.
+
+Text of a model is hostile: it may hold markup, a hundred thousand characters, or characters that turn the reading
+direction round, so that people see something other than what they judge.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+
+from markupsafe import Markup, escape
+
+HEAD_CHARACTERS = 4000  # that are seen without asking for more
+HEAD_LINES = 60
+_TAIL = 400  # characters that are not worth hiding
+MAX_WORDS = 3000  # in both texts together; comparing more takes too long
+
+# Controls other than tab and newline, soft hyphens, zero-width and direction characters, tags, halves of surrogate
+# pairs. Joiners are left: many scripts, and emoji, are written with them.
+_INVISIBLE = re.compile(
+    "(["
+    "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\U000e0000-\U000e007f\ud800-\udfff])\\1*"
+)
+# space, one ideograph or kana, a word, one other sign
+_WORD = re.compile(r"\s+|[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+|[^\w\s]")
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A text as the page shows it: ``rest`` only when asked for, ``num_hidden`` characters of it."""
+
+    head: Markup
+    rest: Markup
+    num_hidden: int
+
+
+def shown(text: str, changed: Sequence[Span] = ()) -> Shown:
+    """``text`` as HTML; the spans ``changed`` (ascending, apart) are marked."""
+    cut = _cut(text)
+    return Shown(_html(text, 0, cut, changed), _html(text, cut, len(text), changed), len(text) - cut)
+
+
+def one_line_ends(text: str) -> str:
+    """``text`` with the line ends that a browser would make of it."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def differences(left: str, right: str) -> tuple[list[Span], list[Span]] | None:
+    """Spans of words that only one of the two texts has; None where they are too long to compare."""
+    words = [[match for match in _WORD.finditer(text) if not match[0].isspace()] for text in (left, right)]
+    if sum(map(len, words)) > MAX_WORDS:
+        return None
+    matcher = SequenceMatcher(None, [word[0] for word in words[0]], [word[0] for word in words[1]])
+    spans: tuple[list[Span], list[Span]] = ([], [])
+    for kind, *ends in matcher.get_opcodes():
+        if kind != "equal":
+            for side, (begin, end) in enumerate((ends[:2], ends[2:])):
+                if begin < end:
+                    spans[side].append((words[side][begin].start(), words[side][end - 1].end()))
+    return spans
+
+
+def _cut(text: str) -> int:
+    """Where the part ends that is seen at once: at a space, if there is one nearby."""
+    cut, at = min(len(text), HEAD_CHARACTERS), -1
+    for _ in range(HEAD_LINES):
+        at = text.find("\n", at + 1, cut)
+        if at < 0:
+            break
+    else:
+        cut = at + 1
+    if len(text) - cut <= _TAIL and text.count("\n", cut) <= HEAD_LINES // 4:
+        return len(text)
+    nearby = [text.rfind(space, cut - _TAIL, cut) for space in (" ", "\n")]
+    return max(nearby) + 1 if max(nearby) >= 0 else cut
+
+
+def _html(text: str, begin: int, end: int, changed: Sequence[Span]) -> Markup:
+    parts: list[Markup] = []
+    for start, stop, is_changed in _stretches(begin, end, changed):
+        inner = _visible(text[start:stop])
+        parts.append(Markup("<mark>{}</mark>").format(inner) if is_changed else inner)
+    return Markup("").join(parts)
+
+
+def _stretches(begin: int, end: int, changed: Sequence[Span]) -> Iterator[tuple[int, int, bool]]:
+    at = begin
+    for start, stop in changed:
+        start, stop = max(start, begin), min(stop, end)
+        if start < stop:
+            yield at, start, False
+            yield start, stop, True
+            at = stop
+    yield at, end, False
+
+
+def _visible(text: str) -> Markup:
+    """``text`` escaped, with a name in place of each run of one invisible character."""
+    return Markup(_INVISIBLE.sub(_name, str(escape(text))))
+
+
+def _name(run: re.Match[str]) -> str:
+    times = f" ×{len(run[0])}" if len(run[0]) > 1 else ""
+    return f"<i>U+{ord(run[1]):04X}{times}</i>"
