@@ -6,6 +6,10 @@
 # GPU, the versions of constraints-cpu.txt are installed; with one, PyTorch as pip finds it. Wheels come from wherever
 # pip is configured to look: where that offers PyTorch with CUDA only, a CPU machine downloads a few gigabytes for
 # nothing, which PIP_EXTRA_INDEX_URL or pip.conf can change.
+#
+#   install_system_packages PACKAGE:FILE ...     e.g. install_system_packages 'postgresql:/usr/lib/postgresql/*/bin/initdb'
+#
+# Installs the Debian packages whose file (a pattern) is not there. Never fails: what needs them does without.
 # Defines ROOT (the checkout) and VENV_PYTHON (the interpreter of the environment).
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -56,4 +60,30 @@ setup_env() {
     say "Installing nemo_rlhf[$extras] ($kind); this takes a minute or two"
     "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check ${options[@]+"${options[@]}"} -e "$ROOT[$extras]"
     printf '%s\n' "$stamp" >"$VENV/.nemo_rlhf_$extras"
+}
+
+install_system_packages() {
+    local wanted log
+    local -a missing=() as_root=()
+    for wanted in "$@"; do
+        compgen -G "${wanted#*:}" >/dev/null || missing+=("${wanted%%:*}")
+    done
+    [[ ${#missing[@]} -eq 0 ]] && return 0
+    if [[ "$(id -u)" -ne 0 ]]; then
+        as_root=(sudo -n)
+    fi
+    if ! command -v apt-get >/dev/null 2>&1 || ! ${as_root[@]+"${as_root[@]}"} true >/dev/null 2>&1; then
+        say "Cannot install ${missing[*]} (that takes apt-get and root): tests that need them are skipped."
+        return 0
+    fi
+    log="$(mktemp)"
+    ${as_root[@]+"${as_root[@]}"} apt-get update -q >"$log" 2>&1 </dev/null || true
+    for wanted in "${missing[@]}"; do
+        if ! ${as_root[@]+"${as_root[@]}"} env DEBIAN_FRONTEND=noninteractive \
+            apt-get install -q -y --no-install-recommends "$wanted" >"$log" 2>&1 </dev/null; then
+            say "Could not install $wanted: tests that need it are skipped."
+            tail -n 3 "$log"
+        fi
+    done
+    rm -f "$log"
 }

@@ -5,7 +5,12 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
+# What the tests run that pip does not have, installed beside pip: a database, a browser, and SLURM with its network.
+install_system_packages 'postgresql:/usr/lib/postgresql/*/bin/initdb' 'chromium:/usr/bin/chromium' \
+    'slurmctld:/usr/sbin/slurmctld' 'slurmd:/usr/sbin/slurmd' 'slurm-client:/usr/bin/sbatch' 'munge:/usr/sbin/munged' \
+    'iproute2:/*bin/ip' &
 setup_env dev
+wait
 cd "$ROOT"
 say "ruff check"
 "$VENV_PYTHON" -m ruff check .

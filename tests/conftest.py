@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from nemo_rlhf.feedback.store import Store
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz ."
 REWARDS = "tests.workers.rewards"
@@ -150,3 +155,40 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     texts = [{"prompt": f"{word} ", "response": word[::-1]} for word in words]
     made.train.write_text("".join(json.dumps(text) + "\n" for text in texts))
     return made
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[str]:
+    from tests.postgres import running_postgres
+
+    with running_postgres() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/feedback.db"
+    from tests.postgres import new_database
+
+    return new_database(request.getfixturevalue("postgres_server"))
+
+
+@pytest.fixture
+def store(store_url: str) -> Iterator[Store]:
+    """An empty preference store, on SQLite and on PostgreSQL."""
+    from nemo_rlhf.feedback.store import Store
+
+    store = Store.open(store_url)
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def file_store(tmp_path: Path) -> Iterator[Store]:
+    """One on SQLite, for what does not depend on the database."""
+    from nemo_rlhf.feedback.store import Store
+
+    store = Store.open(str(tmp_path / "feedback.db"))
+    yield store
+    store.close()

@@ -62,7 +62,19 @@ def wrong(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "sft", "ppo", "generate", "report", "convert", "convert import", "convert verify"]
+    "command",
+    [
+        "",
+        "sft",
+        "ppo",
+        "generate",
+        "report",
+        "convert",
+        "convert import",
+        "convert verify",
+        "feedback",
+        "feedback import",
+    ],
 )
 def test_help_shows_an_example_and_exit_codes(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -23,7 +24,7 @@ from nemo_rlhf.config import (
     sampling_sweep,
 )
 from nemo_rlhf.config.commands import COMMANDS, REQUIRED
-from nemo_rlhf.config.load import nearest_key, schema_keys
+from nemo_rlhf.config.load import GROUPS, nearest_key, schema_keys
 from nemo_rlhf.config.validate import CHOICES, RANGES
 
 
@@ -52,9 +53,12 @@ def test_shipped_defaults_are_those_of_the_schema_and_complete(command: str) -> 
     assert shipped == schema
 
 
-@pytest.mark.parametrize("path", sorted(config_directory().rglob("*.yaml")), ids=lambda path: path.stem)
+WHOLE = sorted(path for path in config_directory().rglob("*.yaml") if path.parent.name not in GROUPS)
+
+
+@pytest.mark.parametrize("path", WHOLE, ids=lambda path: path.stem)
 def test_every_shipped_file_loads(path: Path) -> None:
-    command = path.stem.rpartition("_")[2]
+    command = "slurm" if path.parent.name == "cluster" else path.stem.rpartition("_")[2]
     cfg = load(command, required(command), config_file=path)
     assert type(cfg) is COMMANDS[command]
     by_name = load(command, required(command), config_file=path.relative_to(config_directory()).with_suffix(""))
@@ -99,6 +103,40 @@ def test_user_file_may_use_hydra_defaults(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("defaults: [base, _self_]\nseed: 5\n")
     cfg = load("ppo", required("ppo"), config_file=tmp_path / "mine.yaml")
     assert (cfg.trainer.max_steps, cfg.seed) == (9, 5)
+
+
+MODELS = sorted((config_directory() / "model").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("command", ["sft", "reward", "ppo", "ilql", "rft"])
+def test_a_model_of_the_group_sets_keys_of_its_section(path: Path, command: str) -> None:
+    nodes = ["trainer.devices=8", "trainer.num_nodes=4"]
+    cfg: Any = load(command, [f"model={path.stem}", *nodes, *required(command)])
+    said = yaml.safe_load(path.read_text())
+    assert {key: getattr(cfg.model, key) for key in said} == said
+    without: Any = load(command, [*nodes, *required(command)])
+    assert {key: value for key, value in vars(cfg.model).items() if key not in said} == {
+        key: value for key, value in vars(without.model).items() if key not in said
+    }
+
+
+def test_where_a_choice_from_a_group_lies(tmp_path: Path) -> None:
+    def sizes(*overrides: str, config_file: Path | None = None) -> tuple[int, int, int]:
+        nodes = ["trainer.devices=8", "trainer.num_nodes=4"]
+        model = load("ppo", [*required("ppo"), *nodes, *overrides], config_file=config_file).model
+        return model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.micro_batch_size
+
+    assert sizes("model=llama3-70b") == sizes("+model=llama3-70b") == (8, 4, 1)
+    assert sizes("model.micro_batch_size=2", "model=llama3-70b") == (8, 4, 2)
+    assert sizes("model={micro_batch_size: 4}") == (1, 1, 4)
+    (tmp_path / "plain.yaml").write_text("model: {tensor_model_parallel_size: 2, micro_batch_size: 4}\n")
+    assert sizes("model=llama3-70b", config_file=tmp_path / "plain.yaml") == (8, 4, 1)
+    (tmp_path / "chosen.yaml").write_text("defaults: [model: qwen3-32b, _self_]\nmodel: {micro_batch_size: 4}\n")
+    assert sizes(config_file=tmp_path / "chosen.yaml") == (8, 2, 4)
+    assert sizes("model=llama3-70b", config_file=tmp_path / "chosen.yaml") == (8, 4, 4)
+    assert "choose one of llama3-70b, llama3-8b" in refused("model=llama3-7b")
+    assert "sets model.sequence_parallel" in refused("model=llama3-8b", command="generate")
 
 
 def test_bad_user_files(tmp_path: Path) -> None:
@@ -154,7 +192,8 @@ def test_nearest_key_of_a_known_key_is_itself() -> None:
         ("model.sequence_parallel=maybe", "true or false"),
         ("ppo.dual_clip=x", "a number or null"),
         ("exp_manager.wandb_logger_kwargs=5", "a mapping"),
-        ("model=5", "sets a section"),
+        ("trainer=5", "sets a section"),
+        ("model=5", "choose one of llama3-70b"),
         ("trainer.max_steps=1,2", "trainer.max_steps=[a,b]"),
         ("trainer.max_steps", "write key=value"),
         ("data.prompts=a=b", "quotes"),

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_rlhf.config.schema import SchedConfig
+from nemo_rlhf.config.optim import SchedConfig
 from nemo_rlhf.parallel import state
 from tests.spawn import run_distributed
 from tests.workers import parallel_worker as worker

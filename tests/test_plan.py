@@ -227,6 +227,7 @@ def work(*overrides: str, **models: Architecture) -> Work:
         ("llama3-8b", 8_030_261_248),
         ("llama3-70b", 70_553_706_496),
         ("llama3.1-405b", 405_853_388_800),
+        ("qwen3-8b", 8_190_735_360),
         ("qwen3-32b", 32_762_123_264),
         ("mixtral-8x7b", 46_702_792_704),
     ],
@@ -352,6 +353,37 @@ def test_shipped_examples_fit(name: str) -> None:
     job = work(model, *asked)
     assert peak(job, plan)[0] <= budget(job)
     assert host_bytes(job, plan) <= job.cluster.host_memory_gib * 2**30
+
+
+NODES = {"llama3-8b": (1, 1), "llama3-70b": (4, 8), "qwen3-8b": (1, 1), "qwen3-32b": (2, 4), "mixtral-8x7b": (2, 4)}
+
+
+@pytest.mark.parametrize("name", sorted(NODES))
+def test_models_of_the_group_fit(name: str) -> None:
+    """On as many nodes as their files say: of PPO, and of everything else."""
+    assert sorted(NODES) == sorted(path.stem for path in (config_directory() / "model").glob("*.yaml"))
+    for command in ("sft", "reward", "rft", "ilql", "ppo"):
+        nodes = NODES[name][command == "ppo"]
+        overrides = [f"{key}={value}" for key, value in REQUIRED[command].items()]
+        overrides += [f"model={name}", "trainer.devices=8", f"trainer.num_nodes={nodes}", "trainer.precision=bf16"]
+        cfg: Any = load(command, overrides)
+        cut = Cut(
+            cfg.model.tensor_model_parallel_size,
+            cfg.model.pipeline_model_parallel_size,
+            data_parallel_size(cfg),
+            cfg.model.expert_model_parallel_size,
+            cfg.model.sequence_parallel,
+        )
+        plan = Plan(cut, cfg.model.micro_batch_size, cfg.model.activations_checkpoint_granularity)
+        if command in ("ppo", "rft"):
+            plan = replace(plan, slots=cfg.generation.num_slots)
+        if command == "ppo":
+            plan = replace(plan, reference="swap", offload=("optimizer", "critic"))
+        if command == "ilql":
+            plan = replace(plan, slots=32)
+        job = work(name, f"plan.algorithm={command}", f"cluster.nodes={nodes}")
+        assert peak(job, plan)[0] <= budget(job), command
+        assert host_bytes(job, plan) <= job.cluster.host_memory_gib * 2**30
 
 
 # ---- time

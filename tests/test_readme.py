@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "dialogues.jsonl").write_text("".join(json.dumps(dialogue) + "\n" for dialogue in dialogues))
     compared = [{"prompt": p["prompt"], "chosen": p["response"], "rejected": "none"} for p in pairs]
     (place / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in compared))
+    shutil.copy(ROOT / "conf" / "cluster" / "pyxis.yaml", place / "my_cluster.yaml")
     (reward,) = [block for block in blocks("python") if block.startswith("def score")]
     (place / "my_package").mkdir()
     (place / "my_package" / "rewards.py").write_text(reward)
@@ -92,12 +94,12 @@ def test_the_python_script_runs(place: Path) -> None:
 
 
 def test_the_batch_script_is_one(place: Path) -> None:
-    """Its syntax; that its example configuration loads; and that its exit code 75 is the one that is documented."""
-    (script,) = [block for block in blocks("sh") if "#SBATCH" in block]
-    (place / "job.sh").write_text(script)
-    run(place, "bash", "-n", "job.sh")
-    (name,) = re.findall(r"--config (\S+)", script)
-    assert (ROOT / "conf" / f"{name}.yaml").is_file()
+    """Its syntax; and that the exit code 75 is documented."""
+    (script,) = [block for block in blocks("sh") if "sbatch" in block]
+    run(place, PROGRAM, *shlex.split(script.replace("\\\n", " ").splitlines()[0])[1:])
+    (name,) = re.findall(r"^sbatch (\S+)$", script, re.MULTILINE)
+    run(place, "bash", "-n", name)
+    assert "#SBATCH --nodes=8" in (place / name).read_text()
     assert re.search(r"^\| `?75`? \|", (ROOT / "docs" / "exit_codes.md").read_text(), re.MULTILINE)
 
 

@@ -25,6 +25,7 @@ SIX = "trainer.max_steps=6"
 OFFLOAD = "ppo.offload=[optimizer,critic,reference]"
 CHECKPOINTS = "exp_manager.checkpoint_callback_params"
 EVERY_STEP = f"{CHECKPOINTS}.every_n_train_steps=1"
+BESIDE = f"{CHECKPOINTS}.async_save=true"  # of a run that is interrupted, and compared with one that is not
 CONSTANT = "model.optim.sched.name=constant"  # so that a run may be made longer
 
 
@@ -51,14 +52,14 @@ def two_ranks(tiny: Tiny, place: Path) -> list[dict[str, Any]]:
         {"arguments": tiny.ppo(place / "tp2", *TP2, SIX)},
         {"arguments": tiny.ppo(place / "dp2", SIX)},
         {"arguments": tiny.ppo(place / "pp2", *PP2, SIX)},
-        {"arguments": tiny.ppo(place / "tp2_resumed", *TP2, SIX), "stop_in_step": 3},
+        {"arguments": tiny.ppo(place / "tp2_resumed", *TP2, SIX, BESIDE), "stop_in_step": 3},
         {"arguments": tiny.ppo(place / "dp2_resumed", SIX), "stop_in_step": 3},
         {
             "arguments": tiny.ppo(place / "tp2_then_pp2", *PP2, SIX),
             "copy": (str(place / "tp2_resumed"), str(place / "tp2_then_pp2")),
         },
         {
-            "arguments": tiny.ppo(place / "tp2_resumed", *TP2, SIX),
+            "arguments": tiny.ppo(place / "tp2_resumed", *TP2, SIX, BESIDE),
         },
         {
             "arguments": tiny.ppo(place / "dp2_resumed", SIX),
@@ -94,7 +95,7 @@ def one_rank(tiny: Tiny, place: Path, two_ranks: list[dict[str, Any]]) -> list[d
             copy=(str(place / "kept"), str(place / "damaged")),
             damage=str(place / "damaged/checkpoints/step_5/policy/weights/__0_0.distcp"),
         ),
-        ppo("nan", CONSTANT, EVERY_STEP, nan_in_step=2),
+        ppo("nan", CONSTANT, EVERY_STEP, BESIDE, nan_in_step=2),
         ppo("nan", CONSTANT, EVERY_STEP),
     ]
     return run(1, payload)

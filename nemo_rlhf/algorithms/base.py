@@ -17,7 +17,7 @@ from nemo_rlhf import device
 from nemo_rlhf.config.architecture import Architecture
 from nemo_rlhf.data.tokenizer import fingerprint
 from nemo_rlhf.models.base import NonFiniteError
-from nemo_rlhf.parallel import checkpoint, state
+from nemo_rlhf.parallel import checkpoint, state, watch
 
 _STATE, _IDENTITY = "state.pt", "identity.json"
 Metrics = dict[str, float]
@@ -109,7 +109,7 @@ class Algorithm(LightningModule):
 
     def on_train_start(self) -> None:
         if self.completed_steps == 0 and self.val_check_interval:
-            self._log(self.validate())
+            self._log(self._validate())
 
     def training_step(self, batch: int, batch_idx: int) -> None:
         optimizer: Any = self.optimizers()
@@ -122,11 +122,16 @@ class Algorithm(LightningModule):
         metrics = self.unvalidated
         last = self.completed_steps == self.max_steps
         if self.val_check_interval and (self.completed_steps % self.val_check_interval == 0 or last):
-            metrics = metrics | self.validate()
+            metrics = metrics | self._validate()
         self.unvalidated = None
         self._log(metrics)
 
+    def _validate(self) -> Metrics:
+        watch.enter("validation")
+        return self.validate()
+
     def _timed(self, step: int) -> Metrics:
+        watch.enter_step(step + 1)
         start = time.perf_counter()
         metrics = self.run_step(step)
         device.synchronize()
@@ -206,6 +211,7 @@ class PhaseTimer:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        watch.enter(phase)
         device.synchronize()
         start = time.perf_counter()
         yield

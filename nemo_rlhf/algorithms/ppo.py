@@ -26,6 +26,7 @@ from nemo_rlhf.algorithms.evaluate import (
     source_metrics,
 )
 from nemo_rlhf.algorithms.model_source import open_model_sources
+from nemo_rlhf.algorithms.people import People, PreferenceStore, load_people, open_people
 from nemo_rlhf.algorithms.play import Environment
 from nemo_rlhf.algorithms.ppo_losses import policy_objective, value_objective
 from nemo_rlhf.algorithms.roles import open_role, save_role
@@ -60,7 +61,8 @@ _PERMUTATION_STREAM = 0x9E3779B97F4A7C15  # keeps shuffles apart from the data o
 @dataclass(frozen=True)
 class PPOInputs:
     """What PPO works on, beside its configuration: prompts and sources of rewards, or an environment for each episode's
-    number. ``metric_fn`` is called like the reward function and returns numbers, or lists of them, by name."""
+    number. ``metric_fn`` is called like the reward function and returns numbers, or lists of them, by name.
+    ``store`` and ``stopping``: as ``People`` takes them."""
 
     tokenizer: Any
     tokenizer_dir: Path
@@ -69,6 +71,8 @@ class PPOInputs:
     env: Callable[[int], Environment] | None = None
     validation_prompts: Sequence[Prompt] = ()
     metric_fn: Callable[..., dict[str, Any]] | None = None
+    store: PreferenceStore | None = None
+    stopping: Callable[[], bool] = lambda: False
 
 
 class PPO(Algorithm):
@@ -76,6 +80,7 @@ class PPO(Algorithm):
     critic: CriticModel | None  # with ppo.advantage=gae only
     reference: Reference
     episodes: Episodes | None  # in the place of prompts and rewards
+    people: People | None  # whom a reward model learns from
 
     def __init__(self, config: PPOConfig, inputs: PPOInputs) -> None:
         has_validation = inputs.validation_prompts or (inputs.env and config.environment.validation_episodes)
@@ -89,6 +94,7 @@ class PPO(Algorithm):
         self.sampling = SamplingParams(**rollout_sampling)
         self.critic = None
         self.episodes = None
+        self.people = None
         self.kl_coef = config.ppo.kl.coef
         self.statistics = ScoreStatistics()
         self.kl_at_start = float("nan")
@@ -108,7 +114,9 @@ class PPO(Algorithm):
             self.reference = SwappedReference(self.policy)
         else:
             self.reference = ResidentReference(self.policy, open_policy, "reference" in config.ppo.offload)
-        self.rewards = Rewards(self.inputs.sources, open_model_sources(config))
+        models = open_model_sources(config)
+        self.rewards = Rewards(self.inputs.sources, models)
+        self.people = open_people(config, models, self.run_dir, self.inputs.store, self.inputs.stopping)
         longest = self.policy.architecture.max_position_embeddings
         if self.inputs.env is not None:
             longest = min(longest, config.environment.max_sequence_length)
@@ -144,6 +152,10 @@ class PPO(Algorithm):
 
     def run_step(self, step: int) -> Metrics:
         timer = PhaseTimer()
+        heard: Metrics = {}
+        if self.people is not None:
+            with timer("feedback"):
+                heard = self.people.before(step, self.engine, self.tokenizer, self.inputs.prompts, self.sampling)
         with timer("rollout"):
             scored, score_s = self.collect(step)
         timer.metrics["time/rollout_s"] -= score_s
@@ -157,7 +169,7 @@ class PPO(Algorithm):
         self.kl_coef = next_kl_coef(
             self.kl_coef, metrics["kl/sequence"], kl.target, kl.horizon, len(experience.lengths)
         )
-        metrics |= timer.metrics
+        metrics |= timer.metrics | heard
         responses = int(experience.response_mask.sum())
         metrics["perf/generated_tokens_per_s"] = responses / metrics["time/rollout_s"]
         metrics["perf/trained_tokens_per_s"] = (
@@ -328,17 +340,22 @@ class PPO(Algorithm):
             "kl_coef": self.kl_coef,
             "statistics": self.statistics.to_dict(),
             "kl_at_start": self.kl_at_start,
+            **({} if self.people is None else {"people": self.people.loop_state()}),
         }
 
     def load_loop_state(self, loaded: dict[str, Any]) -> None:
         self.kl_coef, self.kl_at_start = loaded["kl_coef"], loaded["kl_at_start"]
         self.statistics = ScoreStatistics.from_dict(loaded["statistics"])
+        if self.people is not None and "people" in loaded:
+            self.people.load_loop_state(loaded["people"])
 
     def save_models(self, directory: Path) -> None:
         with self._critic_on_device(), self._optimizers_on_device():
             for model in self._models():
                 save_role(model, directory / model.role, self.tokenizer_dir)
                 model.save_training_state(directory / "training" / model.role)
+        if self.people is not None:
+            self.people.learner.save(directory)
 
     def load_models(self, directory: Path) -> None:
         has_critic = (directory / CriticModel.role).is_dir()
@@ -348,6 +365,7 @@ class PPO(Algorithm):
                 f"the checkpoint {directory} has {words} with ppo.advantage={self.config.ppo.advantage}: continue with "
                 "the ppo.advantage that the run was started with, or use another exp_manager.explicit_log_dir."
             )
+        load_people(self.people, directory)
         with self._critic_on_device(), self._optimizers_on_device():
             for model in self._models():
                 checkpoint.load_model(model.gpt, directory / model.role)

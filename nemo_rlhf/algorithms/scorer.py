@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +35,7 @@ class Scorer:
     """A trained reward model with its own tokenizer."""
 
     tokenizer: Any
+    tokenizer_dir: Path
     model: RewardModel
 
     def __init__(self, config: ModelConfig, precision: str, *, normalise: bool) -> None:
@@ -50,13 +53,13 @@ class Scorer:
                 f"{source} has no head that gives scores: train a reward model from it with nemo-rlhf reward."
             )
         self._source, self._longest = source, stored.max_position_embeddings
-        self._mean, self._std = (stored.score_mean, stored.score_std) if normalise else UNMEASURED
-        if normalise and ((self._mean, self._std) == UNMEASURED or self._std <= 0):
+        self._normalise = normalise
+        if normalise and ((stored.score_mean, stored.score_std) == UNMEASURED or stored.score_std <= 0):
             raise ValueError(
                 f"normalise=true needs the mean and deviation of scores on held-out data, and {source} has none: train "
                 "it with data.validation and trainer.val_check_interval, or set normalise=false."
             )
-        self.tokenizer, _ = open_tokenizer(config)
+        self.tokenizer, self.tokenizer_dir = open_tokenizer(config)
         self.model = open_role(RewardModel, config, source, precision, 0)
 
     def encode(self, prompt: str, response: str, where: str) -> tuple[int, ...]:
@@ -69,6 +72,13 @@ class Scorer:
             )
         return token_ids
 
+    def set_scale(self, mean: float, std: float) -> None:
+        """What the scores of these weights are like, from now on; it is stored with them."""
+        architecture = replace(self.model.architecture, score_mean=mean, score_std=std)
+        self.model.architecture = self.model.gpt.architecture = architecture
+
     def scores(self, texts: Sequence[Sequence[int]]) -> Tensor:
         """[texts] fp32, on every rank; all ranks call it with the same tokenised texts."""
-        return (score_texts(self.model, texts, self.tokenizer.pad_token_id) - self._mean) / self._std
+        scores = score_texts(self.model, texts, self.tokenizer.pad_token_id)
+        scale = self.model.architecture
+        return (scores - scale.score_mean) / scale.score_std if self._normalise else scores

@@ -17,6 +17,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from nemo_rlhf.cli import help_text
+from nemo_rlhf.cli.feedback import add_ways, run_feedback
 from nemo_rlhf.cli.launch import launch_if_needed
 from nemo_rlhf.cli.stop import heeded
 
@@ -114,6 +115,8 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     plan.add_argument("--config", metavar="FILE", help="yaml file laid over the defaults")
     plan.add_argument("--top", type=int, default=3, metavar="N", help="plans to show (default: %(default)s)")
     plan.add_argument("--write", metavar="FILE", help="yaml file for the --config of the command that is planned for")
+    slurm = command("slurm", "the job script of a command, for SLURM", help_text.SLURM, _slurm)
+    _slurm_arguments(slurm)
     with_overrides = {**training, "generate": generate, "serve-reward": serve, "plan": plan}
     for sub in with_overrides.values():
         sub.add_argument("overrides", metavar="key=value", nargs="*", help="configuration keys, as in Hydra")
@@ -121,8 +124,23 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     report = command("report", "one HTML page of a run: curves, samples, timings", help_text.REPORT, _report)
     report.add_argument("run_dir", metavar="RUN_DIR", help="exp_manager.explicit_log_dir of the run")
 
+    feedback = command("feedback", "people compare the policy's answers", help_text.FEEDBACK, run_feedback)
+    add_ways(feedback)
+
     _convert_parsers(command("convert", "convert, compare and describe checkpoints", help_text.CONVERT, _convert))
-    return parser, with_overrides
+    return parser, {**with_overrides, "slurm": slurm}
+
+
+def _slurm_arguments(slurm: _Parser) -> None:
+    slurm.add_argument("command", metavar="COMMAND", choices=[*_TRAINING, "convert"], help="what the job runs")
+    slurm.add_argument("words", metavar="key=value", nargs="*", help="the command's own words, and slurm.* keys")
+    slurm.add_argument("--cluster", metavar="FILE", help="yaml file of the cluster, yours or a shipped one")
+    slurm.add_argument("--config", metavar="FILE", help="as of the command itself")
+    slurm.add_argument("--out", metavar="FILE", help="file for the script, which is printed otherwise")
+    slurm.add_argument("--after", metavar="JOB", help="number of a job that must have ended well before")
+    how = slurm.add_mutually_exclusive_group()
+    how.add_argument("--submit", action="store_true", help="submit it, and print the number of the job")
+    how.add_argument("--test-only", action="store_true", help="ask SLURM whether and when it would run")
 
 
 def _convert_parsers(convert: _Parser) -> None:
@@ -199,6 +217,13 @@ def _plan(options: argparse.Namespace) -> int:
 
     cfg = load("plan", options.overrides, config_file=options.config)
     print(run_plan(cfg, options.top, options.write and Path(options.write)), end="")
+    return EXIT_DONE
+
+
+def _slurm(options: argparse.Namespace) -> int:
+    from nemo_rlhf.cli.slurm import run_slurm
+
+    print(run_slurm(options), end="")
     return EXIT_DONE
 
 

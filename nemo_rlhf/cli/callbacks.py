@@ -18,7 +18,10 @@ from nemo_rlhf.algorithms.base import Algorithm, stored_metrics
 from nemo_rlhf.cli import stop
 from nemo_rlhf.cli.samples import ROLLOUTS, read_jsonl, sample_files, samples_table, spread
 from nemo_rlhf.config.schema import CheckpointConfig
+from nemo_rlhf.models.base import NonFiniteError
 from nemo_rlhf.parallel import checkpoint
+from nemo_rlhf.parallel.saver import Saver
+from nemo_rlhf.parallel.strategy import MegatronStrategy
 from nemo_rlhf.rollout.score import Unavailable
 
 CHECKPOINTS, BEST = "checkpoints", "best"
@@ -49,6 +52,11 @@ def newest_whole_checkpoint(run_dir: Path) -> Path | None:
     if stored:
         raise ValueError(f"{damaged} There is no whole one before it: restore it, or delete {stored[0].parent}.")
     return None
+
+
+def _saver(trainer: Trainer) -> Saver:
+    assert isinstance(trainer.strategy, MegatronStrategy)
+    return trainer.strategy.saver
 
 
 def remove_unfinished(run_dir: Path) -> None:
@@ -91,7 +99,8 @@ class Checkpoints(Checkpoint):
 
     def __init__(self, run_dir: Path, config: CheckpointConfig, stop: StopSignals) -> None:
         self._run_dir, self._config, self._stop = Path(run_dir), config, stop
-        self._stored = 0  # the step whose state is on disk
+        self._stored = 0  # the step whose state is on disk, or on its way to it
+        self._scores_on_their_way: dict[Path, float] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._stored = pl_module.completed_steps
@@ -99,22 +108,36 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
         algorithm: Algorithm = pl_module
         step = algorithm.completed_steps
+        if _saver(trainer).poll():
+            self._prune()
         due = step % self._config.every_n_train_steps == 0 or step == algorithm.max_steps
         better = self._is_among_best(algorithm.metrics.get(self._config.monitor))
         if due or better or self._stop.requested:
-            self._save(trainer, step)
+            self._save(trainer, algorithm)
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if _saver(trainer).wait():
+            self._prune()
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Where a source of rewards stays away, what was done until then is kept. Every rank raises the same."""
-        step = pl_module.completed_steps
-        if isinstance(exception, Unavailable) and step != self._stored:
-            self._save(trainer, step)
+        """What was done until then is kept: where a source of rewards stays away, the last step, too."""
+        if not isinstance(exception, Unavailable | NonFiniteError):  # which every rank raises
+            _saver(trainer).abandon()  # the others may not come
+            return
+        if isinstance(exception, Unavailable) and pl_module.completed_steps != self._stored:
+            self._save(trainer, pl_module)
+        if _saver(trainer).wait():
+            self._prune()
 
-    def _save(self, trainer: Trainer, step: int) -> None:
-        trainer.save_checkpoint(self._run_dir / CHECKPOINTS / f"step_{step}")
+    def _save(self, trainer: Trainer, algorithm: Algorithm) -> None:
+        step = algorithm.completed_steps
+        path = self._run_dir / CHECKPOINTS / f"step_{step}"
+        trainer.save_checkpoint(path)
         self._stored = step
         self._prune()
-        dist.barrier()
+        value = algorithm.metrics.get(self._config.monitor)
+        if _saver(trainer).pending is not None and value is not None:
+            self._scores_on_their_way[path] = self._sign() * value
 
     def _sign(self) -> float:
         return 1.0 if self._config.mode == "max" else -1.0
@@ -133,13 +156,18 @@ class Checkpoints(Checkpoint):
     def _is_among_best(self, value: float | None) -> bool:
         if value is None or self._config.save_top_k == 0:
             return False
-        best = sorted(self._scores().values(), reverse=True)[: self._config.save_top_k]
+        scores = self._scores_on_their_way | self._scores()
+        best = sorted(scores.values(), reverse=True)[: self._config.save_top_k]
         return len(best) < self._config.save_top_k or self._sign() * value > best[-1]
 
     def _prune(self) -> None:
-        """Rank 0 deletes what is neither recent nor best."""
-        if dist.get_rank():
-            return
+        """Of the checkpoints that are whole, rank 0 deletes what is neither recent nor best."""
+        self._scores_on_their_way.clear()
+        if dist.get_rank() == 0:
+            self._prune_stored()
+        dist.barrier()
+
+    def _prune_stored(self) -> None:
         stored = stored_checkpoints(self._run_dir)
         keep = set(stored[-self._config.save_last_k :])
         scores = self._scores()

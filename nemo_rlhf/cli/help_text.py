@@ -87,6 +87,31 @@ Every key with its default is in {conf}/plan.yaml; how it counts is in docs/plan
 
 """
 
+SLURM = """\
+examples:
+  nemo-rlhf slurm ppo --cluster my_cluster.yaml --config examples/llama3_70b_ppo trainer.num_nodes=16 \\
+      model.restore_from=/shared/llama3-70b-sft data.prompts=prompts.jsonl reward.function=my_package.rewards:score \\
+      exp_manager.explicit_log_dir=/shared/runs/ppo slurm.time=08:00:00 --test-only
+  nemo-rlhf slurm convert import /hf/llama3-8b /shared/llama3-8b --cluster cluster/pyxis --submit
+
+Every key of slurm with its default is in {conf}/slurm.yaml, files for kinds of clusters are in {conf}/cluster; the way
+from a plan to a job is in docs/slurm.md.
+
+"""
+
+FEEDBACK = """\
+examples:
+  nemo-rlhf feedback invite --store feedback.db --run runs/ppo alice
+  nemo-rlhf feedback serve --store feedback.db --run runs/ppo --guidelines guidelines.md
+  nemo-rlhf feedback import --store feedback.db --run runs/ppo pairs.jsonl
+  nemo-rlhf feedback export --store feedback.db --run runs/ppo pairs.jsonl
+  nemo-rlhf feedback export --store feedback.db --run runs/ppo chats --form conversational
+  nemo-rlhf feedback simulate --store feedback.db --run runs/ppo --prefer my_package.taste:score --watch
+
+What it stores and how people work with it is in docs/feedback.md.
+
+"""
+
 REPORT = """\
 example:
   nemo-rlhf report runs/ppo

@@ -23,7 +23,7 @@ def run_plan(config: PlanConfig, count: int, write: Path | None) -> str:
     if write is not None and not write.parent.is_dir():
         raise ValueError(f"--write={write}: there is no directory {write.parent}, create it first.")
     asked = config.plan
-    work = make_work(config, _architecture(asked.model), _optional(asked.critic), _optional(asked.reward_model))
+    work = make_work(config, find_architecture(asked.model), _optional(asked.critic), _optional(asked.reward_model))
     proposals = best_plans(work, count)
     if not proposals:
         raise ValueError(why_nothing_fits(work))
@@ -35,10 +35,10 @@ def run_plan(config: PlanConfig, count: int, write: Path | None) -> str:
 
 
 def _optional(name: str | None) -> Architecture | None:
-    return None if name is None else _architecture(name)
+    return None if name is None else find_architecture(name)
 
 
-def _architecture(name: str) -> Architecture:
+def find_architecture(name: str) -> Architecture:
     """Of a shipped model, or of the one in a directory."""
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from nemo.utils import logging as nemo_logging
 
 from nemo_rlhf.config.schema import BaseModelConfig, HardwareConfig
-from nemo_rlhf.parallel import state
+from nemo_rlhf.parallel import state, watch
 
 _NOISY = ("lightning.pytorch", "lightning.fabric", "megatron.core", "torch.distributed")
 _clean = False  # whether what this process last began has ended well
@@ -36,10 +36,11 @@ def begin(model: BaseModelConfig, trainer: HardwareConfig, seed: int) -> None:
         timeout_s=trainer.timeout_s,
         expert_parallel=model.expert_model_parallel_size,
     )
+    watch.start(trainer.heartbeat_timeout_s)
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.CRITICAL)  # what it logs, it raises too
-    nemo_logging.setLevel(nemo_logging.ERROR)
+    nemo_logging.setLevel(nemo_logging.CRITICAL)  # its errors are raised, too; others are on how ranks were started
     nemo_logging.captureWarnings(False)  # it would hold back ours as well
     warnings.filterwarnings("ignore", module=r"(lightning|megatron|nemo|torch)\b")  # their own business
     if dist.get_rank():
@@ -50,5 +51,6 @@ def end(code: int) -> int:
     """All ranks end together."""
     global _clean
     dist.barrier()
+    watch.stop()
     _clean = True
     return code

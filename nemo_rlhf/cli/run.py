@@ -34,6 +34,7 @@ from nemo_rlhf.cli.callbacks import (
     stored_checkpoints,
 )
 from nemo_rlhf.cli.loggers import JsonlLogger
+from nemo_rlhf.cli.people import open_store
 from nemo_rlhf.cli.rank import begin, end
 from nemo_rlhf.cli.report import write_report
 from nemo_rlhf.config import dump
@@ -92,7 +93,9 @@ def run_ppo(
     elif config.environment.function is not None:
         env = load_function(config.environment.function, "environment.function")
     if env is None:
-        inputs = PPOInputs(**_online(config, reward_fn, prompts, validation_prompts, metric_fn))
+        store = open_store(config)
+        online = _online(config, reward_fn, prompts, validation_prompts, metric_fn)
+        inputs = PPOInputs(**online, store=store, stopping=stop.noted)
     else:
         begin(config.model, config.trainer, config.seed)
         tokenizer, tokenizer_dir = open_tokenizer(config.model)
@@ -295,15 +298,15 @@ def _fit(algorithm: Algorithm, config: TrainingConfig) -> int:
         )
     metrics = JsonlLogger(run_dir)
     stopping = StopSignals()
-    checkpoints = Checkpoints(run_dir, config.exp_manager.checkpoint_callback_params, stopping)
+    saving = config.exp_manager.checkpoint_callback_params
+    checkpoints = Checkpoints(run_dir, saving, stopping)
     show_samples_every = config.ppo.show_samples_every if isinstance(config, PPOConfig) else 0
     progress = [Progress(run_dir, show_samples_every)] if config.trainer.enable_progress_bar else []
-    callbacks: Sequence[Any] = [stopping, checkpoints, *progress]
     trainer = Trainer(
         accelerator="gpu" if device.is_cuda() else "cpu",
         devices=config.trainer.devices,
         num_nodes=config.trainer.num_nodes,
-        strategy=MegatronStrategy(config.trainer.timeout_s),
+        strategy=MegatronStrategy(config.trainer.timeout_s, async_save=saving.async_save),
         max_steps=algorithm.max_steps,
         max_epochs=-1,
         limit_val_batches=0,  # an algorithm validates inside its step
@@ -313,7 +316,7 @@ def _fit(algorithm: Algorithm, config: TrainingConfig) -> int:
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        callbacks=list(callbacks),
+        callbacks=[stopping, checkpoints, *progress],
     )
     exp_manager(
         trainer,

@@ -13,8 +13,9 @@ from nemo_rlhf.config.schema import (
     ServeRewardConfig,
     SFTConfig,
 )
+from nemo_rlhf.config.slurm import SlurmConfig
 
-COMMANDS: dict[str, type[Config] | type[PlanConfig]] = {
+COMMANDS: dict[str, type[Config] | type[PlanConfig] | type[SlurmConfig]] = {
     "ppo": PPOConfig,
     "sft": SFTConfig,
     "ilql": ILQLConfig,
@@ -23,6 +24,7 @@ COMMANDS: dict[str, type[Config] | type[PlanConfig]] = {
     "generate": GenerateConfig,
     "serve-reward": ServeRewardConfig,
     "plan": PlanConfig,
+    "slurm": SlurmConfig,
 }
 
 # What may be given in the place of a required key.
@@ -68,6 +70,7 @@ REQUIRED: dict[str, dict[str, str]] = {
     "plan": {
         "plan.model": "llama3-8b",
     },
+    "slurm": {},
     "serve-reward": {
         "model.restore_from": "runs/reward/checkpoints/best",
     },

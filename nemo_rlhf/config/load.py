@@ -20,6 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import OverrideType
 from hydra.errors import HydraException
 from hydra.initialize import get_gh_backup, restore_gh_from_backup
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -36,12 +37,14 @@ from nemo_rlhf.config.schema import (
     ServeRewardConfig,
     SFTConfig,
 )
+from nemo_rlhf.config.slurm import SlurmConfig
 from nemo_rlhf.config.validate import require_keys, validate
 
 ConfigFile = str | Path | None
 Supplied = Collection[str]
 
 COMMAND_LINE = "from the command line"
+GROUPS = ("model",)  # directories of yaml files, of which one lays its values over the section of that name
 
 
 @overload
@@ -90,30 +93,35 @@ def load(
 ) -> PlanConfig: ...
 @overload
 def load(
-    command: str, overrides: Sequence[str] = (), *, config_file: ConfigFile = None, supplied: Supplied = ()
-) -> Config | PlanConfig: ...
+    command: Literal["slurm"], overrides: Sequence[str] = (), *, config_file: ConfigFile = None, supplied: Supplied = ()
+) -> SlurmConfig: ...
+@overload
 def load(
     command: str, overrides: Sequence[str] = (), *, config_file: ConfigFile = None, supplied: Supplied = ()
-) -> Config | PlanConfig:
-    """The configuration of ``command`` ("ppo", "sft", "ilql", "rft", "reward", "generate", "serve-reward" or "plan"),
-    in its class.
+) -> Config | PlanConfig | SlurmConfig: ...
+def load(
+    command: str, overrides: Sequence[str] = (), *, config_file: ConfigFile = None, supplied: Supplied = ()
+) -> Config | PlanConfig | SlurmConfig:
+    """The configuration of ``command`` ("ppo", "sft", "ilql", "rft", "reward", "generate", "serve-reward", "plan" or
+    "slurm"), in its class.
 
-    ``overrides`` are Hydra's ``key=value``; ``config_file`` is a yaml file of the user, or the name of a shipped one
-    (``examples/llama3_8b_ppo``); ``supplied`` names required keys that the caller has in memory ("data.prompts",
-    "reward.function"), which stay None. Raises ValueError with one sentence for whatever is wrong.
+    ``overrides`` are Hydra's ``key=value``, and ``model=llama3-70b`` takes a file of the group ``conf/model``;
+    ``config_file`` is a yaml file of the user, or the name of a shipped one (``examples/llama3_8b_ppo``); ``supplied``
+    names required keys that the caller has in memory ("data.prompts", "reward.function"), which stay None. Raises
+    ValueError with one sentence for whatever is wrong.
     """
     if command not in COMMANDS:
         raise ValueError(f"There is no configuration for {command!r}: choose one of {', '.join(COMMANDS)}.")
     keys = schema_keys(COMMANDS[command])  # type: ignore[arg-type]
+    chosen, overrides = _choices(overrides, keys)
     forced = _check_overrides(overrides, keys)
     base = config_directory() / f"{command}.yaml"
     node = OmegaConf.structured(COMMANDS[command])
-    if config_file is None:
-        _lay_over(node, _compose(base, forced), keys, base, overrides)
-    else:
+    path = base
+    if config_file is not None:
         path = find_config_file(config_file)
-        _lay_over(node, _compose(base, []), keys, base, ())
-        _lay_over(node, _compose(path, forced), keys, path, overrides)
+        _lay_over(node, _compose(base, [], {}), keys, base, ())
+    _lay_over(node, _compose(path, forced, chosen), keys, path, overrides)
     _resolve(node, keys)
     require_keys(node, command, supplied)
     for key in supplied:
@@ -153,7 +161,8 @@ def find_config_file(name: str | Path) -> Path:
             if path.suffix != ".yaml":
                 raise ValueError(f"{path} cannot be used as a configuration: its name must end in .yaml.")
             return path.resolve()
-    names = sorted(path.relative_to(shipped).with_suffix("").as_posix() for path in shipped.rglob("*.yaml"))
+    files = sorted(path.relative_to(shipped) for path in shipped.rglob("*.yaml"))
+    names = [path.with_suffix("").as_posix() for path in files if path.parent.name not in GROUPS]
     raise ValueError(f"There is no configuration file {name}: give a path, or a shipped one of {', '.join(names)}.")
 
 
@@ -186,6 +195,27 @@ def _check_overrides(overrides: Sequence[str], keys: Mapping[str, Any]) -> list[
     return forced
 
 
+def _choices(overrides: Sequence[str], keys: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
+    """What overrides such as ``model=llama3-70b`` choose of the groups, and the other overrides."""
+    chosen, others = {}, []
+    for text in overrides:
+        group, _, option = text.lstrip("+").partition("=")
+        if group not in GROUPS or option.startswith("{"):
+            others.append(text)
+            continue
+        files = {path.stem: path for path in sorted((config_directory() / group).glob("*.yaml"))}
+        if option not in files:
+            raise ValueError(f"There is no {group}={option} ({COMMAND_LINE}): choose one of {', '.join(files)}.")
+        unknown = [key for key in yaml.safe_load(files[option].read_text()) if f"{group}.{key}" not in keys]
+        if unknown:
+            raise ValueError(
+                f"{text} ({COMMAND_LINE}) sets {group}.{unknown[0]}, which this command does not have: set keys of its "
+                "own one by one."
+            )
+        chosen[group] = option
+    return chosen, others
+
+
 def _exists(key: str, keys: Mapping[str, Any]) -> bool:
     return key in keys or any(_is_mapping(keys[known]) and key.startswith(f"{known}.") for known in keys)
 
@@ -194,15 +224,19 @@ def _is_section(key: str, keys: Mapping[str, Any]) -> bool:
     return any(known.startswith(f"{key}.") for known in keys)
 
 
-def _compose(path: Path, overrides: list[str]) -> dict[str, Any]:
-    """What Hydra makes of the file: keys and values, interpolations untouched."""
+def _compose(path: Path, overrides: list[str], choices: Mapping[str, str]) -> dict[str, Any]:
+    """What Hydra makes of the file: keys and values, interpolations untouched. ``choices`` of groups lie over what the
+    file says itself, or take the place of what its own list of defaults chooses."""
     search = str(config_directory()).replace("'", r"\'")
     # Whoever calls us may be a Hydra program itself, and there is one global Hydra.
     callers = get_gh_backup()
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(path.parent), job_name="nemo-rlhf", version_base="1.3"):
-            composed = compose(path.stem, overrides=[*overrides, f"hydra.searchpath=['file://{search}']"])
+            given = [*overrides, f"hydra.searchpath=['file://{search}']"]
+            listed = _listed(path.stem, given)
+            given += [f"{'' if group in listed else '+'}{group}={option}" for group, option in choices.items()]
+            composed = compose(path.stem, overrides=given)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} cannot be read as a configuration: {reason}.") from None
@@ -211,6 +245,13 @@ def _compose(path: Path, overrides: list[str]) -> dict[str, Any]:
     container = OmegaConf.to_container(composed, resolve=False)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
+
+
+def _listed(name: str, overrides: list[str]) -> set[str]:
+    """The groups of which Hydra's list of defaults of this file has a choice."""
+    loader = GlobalHydra.instance().config_loader()
+    defaults = loader.compute_defaults_list(name, overrides, RunMode.RUN).defaults
+    return {entry.config_path.rpartition("/")[0] for entry in defaults if entry.config_path}
 
 
 def _lay_over(

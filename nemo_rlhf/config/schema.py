@@ -13,6 +13,8 @@ from typing import Any
 from omegaconf import II, MISSING
 
 from nemo_rlhf.config.environment import EnvironmentConfig
+from nemo_rlhf.config.optim import OptimConfig
+from nemo_rlhf.config.people import FeedbackConfig
 from nemo_rlhf.config.server import ServerConfig
 
 
@@ -24,6 +26,7 @@ class HardwareConfig:
     num_nodes: int = 1  # nodes of the job
     precision: str = "32"  # of weights and activations: "32" | "bf16"
     timeout_s: int = 1800  # seconds that a collective may wait for another rank before the job ends
+    heartbeat_timeout_s: int = 120  # seconds without a sign of life from a rank before the job ends
 
 
 @dataclass
@@ -46,6 +49,7 @@ class CheckpointConfig:
     save_top_k: int = 1  # keep this many of the best by `monitor`, too; 0: none
     monitor: str = "val/reward"  # the validation metric that decides which is best
     mode: str = "max"  # whether more or less of it is better: "max" | "min"
+    async_save: bool = False  # write checkpoints while training goes on
 
 
 @dataclass
@@ -56,25 +60,6 @@ class ExpManagerConfig:
     create_wandb_logger: bool = False  # log to Weights & Biases
     wandb_logger_kwargs: dict[str, Any] = field(default_factory=dict)  # project, name, ... of the W&B run
     checkpoint_callback_params: CheckpointConfig = field(default_factory=CheckpointConfig)
-
-
-@dataclass
-class SchedConfig:
-    name: str = "constant"  # after warm-up: "constant" | "cosine" | "linear" (down to min_lr at max_steps)
-    warmup_steps: int = 0  # optimizer steps in which the learning rate rises linearly from 0
-    min_lr: float = 0.0  # where cosine and linear end
-
-
-@dataclass
-class OptimConfig:
-    """AdamW."""
-
-    lr: float = 1e-6  # peak learning rate
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # decay of the first and second moment
-    eps: float = 1e-8  # added to the root of the second moment
-    weight_decay: float = 0.0  # decoupled; not on norms and biases
-    clip_grad: float = 1.0  # largest norm of the whole gradient; 0: no clipping
-    sched: SchedConfig = field(default_factory=SchedConfig)
 
 
 @dataclass
@@ -152,6 +137,7 @@ class PPOAlgorithmConfig:
     reference: str = "resident"  # the frozen policy: "resident" on the device | "swap"ped in from host memory
     offload: list[str] = field(default_factory=list)  # kept in host memory while idle: optimizer, critic, reference
     show_samples_every: int = 10  # show a few samples on the terminal every this many steps; 0: never
+    feedback: FeedbackConfig = field(default_factory=FeedbackConfig)
 
 
 @dataclass

@@ -34,7 +34,9 @@ from nemo_rlhf.config.schema import (
     TrainingConfig,
 )
 from nemo_rlhf.config.server import check_server
+from nemo_rlhf.config.slurm import SlurmConfig, check_slurm
 from nemo_rlhf.config.sources import check_reward
+from nemo_rlhf.config.validate_people import FEEDBACK_RANGES, check_feedback
 from nemo_rlhf.config.validate_ppo import check_advantage, check_offload, check_truncation, check_unused
 from nemo_rlhf.config.validate_sampling import (
     check_rollout_temperature,
@@ -58,6 +60,7 @@ RANGES: dict[str, Rule] = {
     "trainer.devices": COUNT,
     "trainer.num_nodes": COUNT,
     "trainer.timeout_s": COUNT,
+    "trainer.heartbeat_timeout_s": COUNT,
     "trainer.max_steps": COUNT,
     "trainer.max_epochs": COUNT,
     "trainer.val_check_interval": NOT_NEGATIVE,
@@ -72,6 +75,8 @@ RANGES: dict[str, Rule] = {
     "model.global_batch_size": COUNT,
     **{f"model.optim.{key}": rule for key, rule in _OPTIM_RANGES.items()},
     **{f"model.critic.optim.{key}": rule for key, rule in _OPTIM_RANGES.items()},
+    **{f"ppo.feedback.optim.{key}": rule for key, rule in _OPTIM_RANGES.items()},
+    **FEEDBACK_RANGES,
     "ppo.num_prompts": COUNT,
     "ppo.samples_per_prompt": COUNT,
     "ppo.epochs": COUNT,
@@ -118,6 +123,7 @@ RANGES: dict[str, Rule] = {
 }
 
 _SCHEDULES = ("constant", "cosine", "linear")
+_OPTIMS = ("model.optim", "model.critic.optim", "ppo.feedback.optim")
 
 # Keys that take one of a few words; None stands for null.
 CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -127,6 +133,8 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "model.activations_checkpoint_granularity": (None, "selective", "full"),
     "model.optim.sched.name": _SCHEDULES,
     "model.critic.optim.sched.name": _SCHEDULES,
+    "ppo.feedback.optim.sched.name": _SCHEDULES,
+    "ppo.feedback.select": ("uncertainty", "random"),
     "ppo.advantage": ("gae", "rloo", "grpo"),
     "ppo.on_truncation": ("keep", "mask", "penalise"),
     "ppo.kl.estimator": ("k1", "k2", "k3", "abs"),
@@ -171,10 +179,13 @@ def require_keys(node: DictConfig, command: str, supplied: Collection[str] = ())
             raise ValueError(f"{key} is set in the configuration and given in Python too: keep one of them.")
 
 
-def validate(cfg: Config | PlanConfig) -> None:
+def validate(cfg: Config | PlanConfig | SlurmConfig) -> None:
     """Raises ValueError for the first rule that ``cfg`` breaks; warns of what is allowed but rarely meant."""
     if isinstance(cfg, PlanConfig):
         check_plan(cfg)
+        return
+    if isinstance(cfg, SlurmConfig):
+        check_slurm(cfg)
         return
     check_ranges(cfg)
     check_choices(cfg)
@@ -203,6 +214,7 @@ def validate(cfg: Config | PlanConfig) -> None:
         check_percentiles(cfg)
     if isinstance(cfg, PPOConfig):
         check_environment(cfg)
+        check_feedback(cfg, data_parallel_size(cfg))
         check_rollout_batch(cfg)
         check_offload(cfg)
         check_advantage(cfg)
@@ -291,14 +303,14 @@ def check_rollout_batch(cfg: PPOConfig) -> None:
 
 
 def check_betas(cfg: TrainingConfig) -> None:
-    for key in ("model.optim.betas", "model.critic.optim.betas"):
+    for key in (f"{optim}.betas" for optim in _OPTIMS):
         betas = value_of(cfg, key)
         if betas is not None and (len(betas) != 2 or not all(0 <= beta < 1 for beta in betas)):
             raise ValueError(f"{key}={betas} must be two numbers, each at least 0 and below 1, as [0.9,0.95].")
 
 
 def check_schedules(cfg: TrainingConfig) -> None:
-    for key in ("model.optim", "model.critic.optim"):
+    for key in _OPTIMS:
         optim = value_of(cfg, key)
         if optim is not None and optim.sched.min_lr > optim.lr:
             raise ValueError(

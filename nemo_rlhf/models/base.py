@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from nemo_rlhf.config.architecture import Architecture
-from nemo_rlhf.config.schema import ModelConfig, OptimConfig
+from nemo_rlhf.config.optim import OptimConfig
+from nemo_rlhf.config.schema import ModelConfig
 from nemo_rlhf.parallel import checkpoint, schedule, state
 from nemo_rlhf.parallel.gpt import GPT, Role, build_gpt
 from nemo_rlhf.parallel.offload import Offload

@@ -60,6 +60,18 @@ class Offload:
         self.is_out = False
 
 
+class Backup:
+    """What tensors hold when this is made, kept on the host."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._storages = _storages(tensors)
+        self._kept = _host_like(self._storages)
+        _copy(map(_bytes, self._storages), self._kept)
+
+    def restore(self) -> None:
+        _copy(self._kept, map(_bytes, self._storages))
+
+
 class Swap:
     """A second set of weights for one module, kept on the host: those that it has when this is made."""
 

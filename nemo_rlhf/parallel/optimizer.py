@@ -13,7 +13,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from nemo_rlhf import device
-from nemo_rlhf.config.schema import OptimConfig
+from nemo_rlhf.config.optim import OptimConfig
 from nemo_rlhf.parallel import state
 from nemo_rlhf.parallel.experts import check_trainable
 from nemo_rlhf.parallel.gpt import GPT
@@ -40,16 +40,17 @@ def _mend_torch_adam() -> None:
                 for parameter in group["params"]:
                     entry = self.optimizer.state[parameter]
                     if "step" not in entry:
-                        entry["step"] = torch.zeros(())
+                        entry["step"] = torch.zeros((), device=_device_of_step())
                         entry["exp_avg"] = torch.zeros_like(parameter)
                         entry["exp_avg_sq"] = torch.zeros_like(parameter)
         return original_state_dict(self)
 
     def load_state_dict(self: Any, loaded: Any) -> None:
         original_load(self, loaded)
+        _choose_kernel(self.optimizer)
         for entry in self.optimizer.state.values():
             if isinstance(entry.get("step"), torch.Tensor):
-                entry["step"] = entry["step"].clone()
+                entry["step"] = entry["step"].to(_device_of_step(), copy=True)
 
     @torch.no_grad()
     def set_states(self: Any, model_param: Any, tensors: Any) -> None:
@@ -63,6 +64,73 @@ def _mend_torch_adam() -> None:
     DistributedOptimizer.load_state_dict = load_state_dict
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states
     DistributedOptimizer._torch_adam_mended = True
+
+
+def _choose_kernel(optimizer: torch.optim.Optimizer) -> None:
+    """torch's AdamW on CUDA: its fused kernel, for the default one copies all moments for a moment."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        for group in optimizer.param_groups:
+            group.update(fused=True, foreach=False) if device.is_cuda() else group.update(fused=None, foreach=None)
+
+
+def _device_of_step() -> torch.device:
+    return device.torch_device() if device.is_cuda() else torch.device("cpu")
+
+
+class _WholeParameters:
+    """What megatron takes for a buffer of all parameters, and of which it asks for one parameter after the other."""
+
+    def __init__(self) -> None:
+        self.by_start: dict[int, torch.Tensor] = {}
+
+    def __getitem__(self, place: slice) -> torch.Tensor:
+        return self.by_start[place.start]
+
+
+def _mend_gathering() -> None:
+    """megatron-core 0.16.1 puts a checkpoint's optimizer state together without the padding between buckets, and then
+    looks parameters up where they are with it: where a bucket's size is not a multiple of 128 and of the data-parallel
+    ranks, one parameter's state is saved as another's. It also copies everything five times, while training waits.
+    """
+
+    def whole_state(self: Any, use_gloo_comm: bool, empty_data: bool, return_on_all_ranks: bool) -> dict[int, Any]:
+        assert return_on_all_ranks and not use_gloo_comm  # what SHARDING asks for
+        found: dict[int, Any] = {}
+        for number, maps in enumerate(self.gbuf_ranges):
+            ((dtype, ranges),) = maps.items()
+            buffer = self.buffers[number]
+            wholes = {key: _WholeParameters() for key in ("param", "exp_avg", "exp_avg_sq")}
+            for bucket, mine in zip(buffer.buckets, ranges, strict=True):
+                places = {p: buffer.param_index_map[p][0] for p in bucket.params_list}
+                for key, whole in wholes.items():
+                    if empty_data:
+                        tensors = {p: torch.empty(p.numel(), dtype=torch.float32, device="cpu") for p in places}
+                    else:
+                        tensors = _bucket_state(self, bucket, places, mine["param_map"], key)
+                    whole.by_start.update({place: tensors[p] for p, place in places.items()})
+            found[number] = {dtype: wholes}
+        return found
+
+    DistributedOptimizer.get_parameter_state_dp_zero = whole_state
+
+
+def _bucket_state(
+    optimizer: Any, bucket: Any, places: dict[Any, int], mine: dict[Any, Any], key: str
+) -> dict[Any, torch.Tensor]:
+    """The fp32 state ``key`` of all parameters of a bucket, flat, on the host. ``places``: where they start in the
+    buffer; ``mine``: megatron's ranges of what this rank has of them."""
+    size, group = bucket.grad_data.numel(), optimizer.data_parallel_group
+    held = {p: optimizer._get_main_param_and_optimizer_states(p)[key].detach() for p in mine}
+    if group.size() == 1:
+        return {p: value.to("cpu", copy=True).view(-1) for p, value in held.items()}
+    share = torch.empty(size // group.size(), dtype=torch.float32, device=device.torch_device())
+    for parameter, value in held.items():
+        local = mine[parameter]["gbuf_local"]
+        share[local.start : local.end].copy_(value)
+    whole = torch.empty(size, dtype=torch.float32, device=device.torch_device())
+    torch.distributed.all_gather_into_tensor(whole, share, group=group)
+    starts = {p: place - bucket.offset for p, place in places.items()}
+    return {p: whole[start : start + p.numel()].to("cpu", copy=True) for p, start in starts.items()}
 
 
 def _mend_order(optimizer: DistributedOptimizer) -> None:
@@ -89,6 +157,7 @@ class ModelOptimizer:
         """
         check_trainable(model)
         _mend_torch_adam()
+        _mend_gathering()
         self.model, self.config = model, config
         self.ddp = DistributedDataParallel(
             model.config,
@@ -121,6 +190,7 @@ class ModelOptimizer:
         for part in self.optimizer.chained_optimizers:
             if not part.is_stub_optimizer:
                 _mend_order(part)
+                _choose_kernel(part.optimizer)
         warmup = config.sched.warmup_steps
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
@@ -171,6 +241,23 @@ class ModelOptimizer:
         assert not self.is_offloaded
         self.optimizer.load_state_dict(loaded)
         self._offload = None  # the moments are other tensors now
+
+    def weights(self) -> list[torch.Tensor]:
+        """Those of the model, and the fp32 ones that the optimizer changes: views of them, or copies."""
+        return [*self.model.parameters(), *(p for group in self.optimizer.param_groups for p in group["params"])]
+
+    def start_anew(self) -> None:
+        """Forget all steps: no moments, the model's weights in the precision that they have, the schedule's start."""
+        assert not self.is_offloaded
+        for part in self.optimizer.chained_optimizers:
+            if not part.is_stub_optimizer:
+                part.optimizer.state.clear()
+                part.reload_model_params()
+        for group in self.optimizer.param_groups:
+            group.pop("step", None)  # where apex and Transformer Engine count
+        self.scheduler.num_steps = 0
+        self.scheduler.step(1)
+        self._offload = None
 
     @property
     def is_offloaded(self) -> bool:

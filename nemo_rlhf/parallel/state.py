@@ -57,7 +57,7 @@ def initialize(
             pipeline_parallel,
             expert_model_parallel_size=expert_parallel,
             expert_tensor_parallel_size=1,
-            distributed_timeout_minutes=max(1, timeout_s // 60),
+            distributed_timeout_minutes=timeout_s / 60,  # type: ignore[arg-type]  # it makes a timedelta of it
         )
         _make_control_groups(tensor_parallel, pipeline_parallel, timeout)
         if expert_parallel > tensor_parallel:

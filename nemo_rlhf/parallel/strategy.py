@@ -15,7 +15,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
 from nemo_rlhf import device
-from nemo_rlhf.parallel import checkpoint, state
+from nemo_rlhf.parallel import checkpoint, state, watch
+from nemo_rlhf.parallel.saver import Saver
 
 _LIGHTNING = "lightning.pt"
 
@@ -34,7 +35,9 @@ class MegatronStrategy(DDPStrategy):
     Lightning's own dictionary (loops, callbacks) is a file in the checkpoint directory, beside what the module writes.
     """
 
-    def __init__(self, timeout_s: int) -> None:
+    def __init__(self, timeout_s: int, *, async_save: bool) -> None:
+        """``async_save``: checkpoints are written while training goes on."""
+        self.saver = Saver(async_save, timeout_s)
         super().__init__(
             process_group_backend=device.backend(),
             timeout=timedelta(seconds=timeout_s),
@@ -86,17 +89,19 @@ class MegatronStrategy(DDPStrategy):
         """Done by ``load_checkpoint``."""
 
     def save_checkpoint(self, checkpoint_dict: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Raises SaveError on every rank when it could not be written."""
+        """As ``Saver.save``."""
         module: Any = self.lightning_module
+        watch.enter("saving")
 
         def write(directory: Path) -> None:
             checkpoint.save_object(checkpoint_dict, directory / _LIGHTNING)
             module.save_to(directory)
 
-        checkpoint.write_atomically(Path(filepath), write)
+        self.saver.save(Path(filepath), write)
 
     def load_checkpoint(self, checkpoint_path: Any) -> dict[str, Any]:
         module: Any = self.lightning_module
+        watch.enter("loading")
         module.load_from(Path(checkpoint_path))
         return checkpoint.load_object(Path(checkpoint_path) / _LIGHTNING)
 

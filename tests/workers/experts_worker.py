@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from nemo_rlhf.config.schema import OptimConfig, SchedConfig
+from nemo_rlhf.config.optim import OptimConfig, SchedConfig
 from nemo_rlhf.convert.load import load_weights, open_source, read_architecture
 from nemo_rlhf.generation.engine import Engine
 from nemo_rlhf.generation.sampling import SamplingParams

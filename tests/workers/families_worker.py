@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
-from nemo_rlhf.config.schema import OptimConfig
+from nemo_rlhf.config.optim import OptimConfig
 from nemo_rlhf.convert.families import weight_map
 from nemo_rlhf.convert.load import _parameters, load_weights, open_source, read_architecture
 from nemo_rlhf.convert.mapping import Cut

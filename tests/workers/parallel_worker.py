@@ -20,7 +20,8 @@ from torch import Tensor
 
 from nemo_rlhf.algorithms.roles import open_role
 from nemo_rlhf.config.architecture import Architecture
-from nemo_rlhf.config.schema import ModelConfig, OptimConfig, SchedConfig
+from nemo_rlhf.config.optim import OptimConfig, SchedConfig
+from nemo_rlhf.config.schema import ModelConfig
 from nemo_rlhf.losses.ppo import policy_loss, value_loss
 from nemo_rlhf.losses.sft import sft_loss
 from nemo_rlhf.models.base import MegatronModel

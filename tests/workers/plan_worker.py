@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nemo_rlhf.config.architecture import Architecture
-from nemo_rlhf.config.schema import ModelConfig, OptimConfig
+from nemo_rlhf.config.optim import OptimConfig
+from nemo_rlhf.config.schema import ModelConfig
 from nemo_rlhf.generation import engine
 from nemo_rlhf.generation.sampling import SamplingParams
 from nemo_rlhf.models.base import MegatronModel

@@ -130,3 +130,16 @@ def _judge(directory: str, *kinds: Any) -> list[Any]:
 
 def exiting(prompts: list[str], **rest: Any) -> list[float]:
     os._exit(3)
+
+
+def held_until_stopped(**arguments: Any) -> list[float]:
+    """As ``count_a``; while the file $REWARD_HOLD exists, says so in a file beside it, a new one in each attempt of a
+    job of SLURM, and waits for a signal to stop."""
+    from nemo_rlhf.cli import stop
+
+    hold = Path(os.environ["REWARD_HOLD"])
+    while hold.exists() and not stop.noted():
+        attempt = os.environ.get("SLURM_RESTART_COUNT", "0")
+        hold.with_suffix(f".reached_{os.environ['SLURM_JOB_NAME']}_{attempt}").touch()
+        time.sleep(0.01)
+    return count_a(**arguments)
