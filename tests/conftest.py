@@ -192,3 +192,17 @@ def file_store(tmp_path: Path) -> Iterator[Store]:
     store = Store.open(str(tmp_path / "feedback.db"))
     yield store
     store.close()
+
+
+@pytest.fixture(scope="session")
+def judge(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier of transformers, of another size than the policy, with scores that differ."""
+    import torch
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    directory = tmp_path_factory.mktemp("judge")
+    write_model_config(directory, write_tokenizer(directory), hidden_size=48, intermediate_size=80)
+    torch.manual_seed(6)
+    config = LlamaConfig.from_pretrained(directory, num_labels=1, initializer_range=0.2)
+    LlamaForSequenceClassification(config).save_pretrained(directory)
+    return directory

@@ -24,7 +24,7 @@ from nemo_rlhf.data.pairs import read_pairs
 from nemo_rlhf.data.scores import encode_reply, read_scores
 from nemo_rlhf.data.tokenizer import load_tokenizer
 from nemo_rlhf.parallel import state
-from tests.conftest import REWARDS, Tiny, write_model_config, write_tokenizer
+from tests.conftest import REWARDS, Tiny
 from tests.jobs import FROM_OUTSIDE, Job, error_lines, metrics_of, rollouts_of
 from tests.spawn import run_distributed
 from tests.test_data import CHAT, make_tokenizer
@@ -42,19 +42,6 @@ def make_texts() -> list[tuple[str, str]]:
         return "".join(draw.choice("abcdefgh .") for _ in range(draw.randint(least, 12)))
 
     return [("", "abc"), ("ab ", ""), *((word(1), word(0)) for _ in range(11))]
-
-
-@pytest.fixture(scope="module")
-def judge(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A classifier of transformers, of another size than the policy, with scores that differ."""
-    from transformers import LlamaConfig, LlamaForSequenceClassification
-
-    directory = tmp_path_factory.mktemp("judge")
-    write_model_config(directory, write_tokenizer(directory), hidden_size=48, intermediate_size=80)
-    torch.manual_seed(6)
-    config = LlamaConfig.from_pretrained(directory, num_labels=1, initializer_range=0.2)
-    LlamaForSequenceClassification(config).save_pretrained(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")

@@ -40,17 +40,16 @@ def _mend_torch_adam() -> None:
                 for parameter in group["params"]:
                     entry = self.optimizer.state[parameter]
                     if "step" not in entry:
-                        entry["step"] = torch.zeros((), device=_device_of_step())
+                        entry["step"] = torch.zeros(())
                         entry["exp_avg"] = torch.zeros_like(parameter)
                         entry["exp_avg_sq"] = torch.zeros_like(parameter)
         return original_state_dict(self)
 
     def load_state_dict(self: Any, loaded: Any) -> None:
         original_load(self, loaded)
-        _choose_kernel(self.optimizer)
         for entry in self.optimizer.state.values():
             if isinstance(entry.get("step"), torch.Tensor):
-                entry["step"] = entry["step"].to(_device_of_step(), copy=True)
+                entry["step"] = entry["step"].clone()
 
     @torch.no_grad()
     def set_states(self: Any, model_param: Any, tensors: Any) -> None:
@@ -64,17 +63,6 @@ def _mend_torch_adam() -> None:
     DistributedOptimizer.load_state_dict = load_state_dict
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states
     DistributedOptimizer._torch_adam_mended = True
-
-
-def _choose_kernel(optimizer: torch.optim.Optimizer) -> None:
-    """torch's AdamW on CUDA: its fused kernel, for the default one copies all moments for a moment."""
-    if isinstance(optimizer, torch.optim.AdamW):
-        for group in optimizer.param_groups:
-            group.update(fused=True, foreach=False) if device.is_cuda() else group.update(fused=None, foreach=None)
-
-
-def _device_of_step() -> torch.device:
-    return device.torch_device() if device.is_cuda() else torch.device("cpu")
 
 
 class _WholeParameters:
@@ -190,7 +178,6 @@ class ModelOptimizer:
         for part in self.optimizer.chained_optimizers:
             if not part.is_stub_optimizer:
                 _mend_order(part)
-                _choose_kernel(part.optimizer)
         warmup = config.sched.warmup_steps
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,

@@ -1,0 +1,31 @@
+"""What the ranks of tests/test_people.py do: whole runs whose annotators have always answered when the run looks."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+from tests.workers import run_worker
+
+
+def early(prompt: str, answer: str) -> float:
+    """What the annotators want: letters from the first half of the alphabet; of equals, the one that sorts first."""
+    return sum(letter in "abcdefghijklm" for letter in answer) - sum(map(ord, answer)) / 10_000
+
+
+def runs(payload: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As ``run_worker.runs``, with the real store and scripted annotators who are wrong in one of ten."""
+    from nemo_rlhf.cli import people
+    from nemo_rlhf.config.feedback import SimulateConfig
+    from nemo_rlhf.feedback.simulate import SimulatedAnnotators
+
+    original = people._RunStore.settled
+
+    def settled(self: Any) -> list[int]:
+        annotators = SimulatedAnnotators(self._store, self._run, early, SimulateConfig(noise=0.1, annotators=2))
+        while annotators.answer_each():
+            pass
+        return original(self)
+
+    with mock.patch.object(people._RunStore, "settled", settled):
+        return run_worker.runs(payload)
