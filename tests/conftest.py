@@ -206,3 +206,13 @@ def judge(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = LlamaConfig.from_pretrained(directory, num_labels=1, initializer_range=0.2)
     LlamaForSequenceClassification(config).save_pretrained(directory)
     return directory
+
+
+@pytest.fixture
+def outside_of_any_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process is no rank, whatever models other tests opened in it: ranks do not repeat each other's sentences."""
+    import torch
+
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)

@@ -12,11 +12,14 @@ Payload and results travel as pickles, so tensors in them arrive on the CPU and 
 
 from __future__ import annotations
 
+import ctypes
+import faulthandler
 import importlib
 import io
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import tempfile
 import time
@@ -36,6 +39,7 @@ _FOR_ALL = {
     "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     "OMP_NUM_THREADS": "1",
 }
+_PR_SET_PDEATHSIG = 1
 _GRACE_S = 5.0  # how long the other ranks may go on after the first has failed, to write their own tracebacks
 
 
@@ -44,7 +48,7 @@ class DistributedFailure(AssertionError):
 
 
 def run_distributed(
-    worker: str, world_size: int, payload: Any = None, *, timeout_s: float = 300.0, env: dict[str, str] | None = None
+    worker: str, world_size: int, payload: Any = None, *, timeout_s: float = 600.0, env: dict[str, str] | None = None
 ) -> list[Any]:
     """Call ``worker`` ("module:function") with ``payload`` on ``world_size`` ranks; return its results by rank.
 
@@ -55,7 +59,7 @@ def run_distributed(
         directory = Path(name)
         _dump(payload, directory / "payload")
         shared = _environment(world_size) | (env or {})
-        processes = [_start(worker, rank, directory, shared) for rank in range(world_size)]
+        processes = [_start(worker, rank, directory, shared, timeout_s) for rank in range(world_size)]
         try:
             _wait(processes, directory, time.monotonic() + timeout_s, timeout_s)
         finally:
@@ -79,9 +83,9 @@ def _environment(world_size: int) -> dict[str, str]:
     }
 
 
-def _start(worker: str, rank: int, directory: Path, shared: dict[str, str]) -> ForkServerProcess:
+def _start(worker: str, rank: int, directory: Path, shared: dict[str, str], timeout_s: float) -> ForkServerProcess:
     env = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    process = _FORKS.Process(target=_main, args=(worker, directory, env))
+    process = _FORKS.Process(target=_main, args=(worker, directory, env, timeout_s))
     with _environ(_FOR_ALL):  # the first one starts the server, which keeps what it finds
         process.start()
     return process
@@ -136,8 +140,9 @@ def _load(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=False)
 
 
-def _main(worker: str, directory: Path, env: dict[str, str]) -> None:
-    """The life of a rank; ``env`` is its whole environment."""
+def _main(worker: str, directory: Path, env: dict[str, str], timeout_s: float) -> None:
+    """The life of a rank; ``env`` is its whole environment. Shortly before its time is up it says where it is."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # nothing goes on when the tests have been killed
     os.environ.clear()
     os.environ.update(env)
     os.chdir(ROOT)
@@ -145,6 +150,7 @@ def _main(worker: str, directory: Path, env: dict[str, str]) -> None:
     output = os.open(directory / f"output-{rank}", os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    faulthandler.dump_traceback_later(0.9 * timeout_s, file=output)
     try:
         module, function = worker.split(":")
         torch.set_num_threads(1)

@@ -13,6 +13,8 @@ import nemo_rlhf
 from nemo_rlhf.cli import main
 from nemo_rlhf.config import GenerateConfig, PPOConfig, SFTConfig
 
+pytestmark = pytest.mark.usefixtures("outside_of_any_job")
+
 REPOSITORY = Path(nemo_rlhf.__file__).parents[1]
 REQUIRED = ["model.restore_from=m", "exp_manager.explicit_log_dir=r"]
 PPO = [*REQUIRED, "data.prompts=p", "reward.function=a.b:c"]
@@ -44,13 +46,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     monkeypatch.setattr("nemo_rlhf.cli.launch_if_needed", lambda *sizes: None)
     monkeypatch.setitem(sys.modules, "nemo_rlhf.convert", convert)
     return recorded
-
-
-@pytest.fixture(autouse=True)
-def outside_of_any_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)  # whatever other tests opened
 
 
 def wrong(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.config_store import ConfigStore
 import yaml
 from omegaconf import OmegaConf
 
@@ -202,6 +203,14 @@ def test_nearest_key_of_a_known_key_is_itself() -> None:
 )
 def test_wrong_types_and_forms(override: str, words: str) -> None:
     assert words in refused(override)
+
+
+def test_groups_of_others_do_not_matter() -> None:
+    """NeMo, once it is imported, has one that is called as a section of ours."""
+    from nemo.core.config import pytorch_lightning  # noqa: F401
+
+    assert "sets a section" in refused("trainer=5")
+    assert "trainer" in ConfigStore.instance().repo
 
 
 def test_required_keys() -> None:

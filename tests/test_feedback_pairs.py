@@ -29,6 +29,8 @@ from tests.feedback import say, tasks, verdicts
 from tests.jobs import Job
 from tests.workers.feedback_worker import longer
 
+pytestmark = pytest.mark.usefixtures("outside_of_any_job")
+
 # -- pairs in and out -------------------------------------------------------------------------------------------------
 
 CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
@@ -250,8 +252,6 @@ def run_main(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, 
 
 
 def test_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID"):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     where = ["--store", "feedback.db", "--run", "runs/ppo"]
     pairs = tmp_path / "pairs.jsonl"

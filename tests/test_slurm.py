@@ -19,6 +19,8 @@ from nemo_rlhf.launch.slurm import Job, render
 from tests.jobs import FROM_OUTSIDE, ROOT
 from tests.slurm import Cluster, Jobs, cluster, why_not
 
+pytestmark = pytest.mark.usefixtures("outside_of_any_job")
+
 PPO = [
     "ppo",
     "model.restore_from=/shared/sft",

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_origin, overload
 
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import OverrideType
@@ -228,9 +229,11 @@ def _compose(path: Path, overrides: list[str], choices: Mapping[str, str]) -> di
     """What Hydra makes of the file: keys and values, interpolations untouched. ``choices`` of groups lie over what the
     file says itself, or take the place of what its own list of defaults chooses."""
     search = str(config_directory()).replace("'", r"\'")
-    # Whoever calls us may be a Hydra program itself, and there is one global Hydra.
+    # Whoever calls us may be a Hydra program itself, and there is one global Hydra; NeMo has a group "trainer" in it.
     callers = get_gh_backup()
     GlobalHydra.instance().clear()
+    store = ConfigStore.instance().repo
+    hidden = {name: store.pop(name) for name in set(store) - {"hydra"} if isinstance(store[name], dict)}
     try:
         with initialize_config_dir(str(path.parent), job_name="nemo-rlhf", version_base="1.3"):
             given = [*overrides, f"hydra.searchpath=['file://{search}']"]
@@ -241,6 +244,7 @@ def _compose(path: Path, overrides: list[str], choices: Mapping[str, str]) -> di
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} cannot be read as a configuration: {reason}.") from None
     finally:
+        store.update(hidden)
         restore_gh_from_backup(callers)
     container = OmegaConf.to_container(composed, resolve=False)
     assert isinstance(container, dict)
