@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra.core.config_store import ConfigStore
 import yaml
+from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 import nemo_rlhf.config
