@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import fcntl
 import importlib
 import io
 import multiprocessing
@@ -55,7 +56,7 @@ def run_distributed(
     Raises DistributedFailure with the traceback of the first failing rank, or the output's end where a rank died
     or was still running after ``timeout_s``. No process outlives the call.
     """
-    with tempfile.TemporaryDirectory(prefix="ranks-") as name:
+    with tempfile.TemporaryDirectory(prefix="ranks-") as name, _turn():
         directory = Path(name)
         _dump(payload, directory / "payload")
         shared = _environment(world_size) | (env or {})
@@ -67,6 +68,16 @@ def run_distributed(
                 process.kill()
                 process.join()
         return [_load(directory / f"result-{rank}") for rank in range(world_size)]
+
+
+@contextmanager
+def _turn() -> Iterator[None]:
+    """Test files run side by side, but groups of ranks one after the other: two of them on the same cores wait for each
+    other at every collective."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+    with (Path(tempfile.gettempdir()) / f"nemo_rlhf-{run}.turn").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _environment(world_size: int) -> dict[str, str]:
