@@ -78,6 +78,7 @@ PartitionName=cpu Nodes=n[1-2] Default=YES PriorityTier=1 GraceTime=30 MaxTime=I
 PartitionName=urgent Nodes=n[1-2] PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE State=UP
 PartitionName=batch Nodes=gpu[1-{gpu_nodes}] MaxTime=INFINITE State=UP
 """
+_WARNS = "SlurmctldParameters=preempt_send_user_signal\n"
 _GPU_NODE = (
     "NodeName=gpu{n} NodeAddr={net}.1 Port={port} CPUs=128 Sockets=2 CoresPerSocket=64 "
     "ThreadsPerCore=1 RealMemory=1000000 Gres=gpu:h100:8 State=UNKNOWN\n"
@@ -143,6 +144,13 @@ class Cluster:
     def plug(self, node: str) -> None:
         _must("ip", "-n", f"{_NAME}-sw", "link", "set", node, "up")
 
+    def warn_preempted(self, warn: bool) -> None:
+        """Whether a job that is preempted gets the signal that it has asked for, or else SIGTERM."""
+        conf = self.root / "slurm.conf"
+        text = conf.read_text().replace(_WARNS, "")
+        conf.write_text(_WARNS + text if warn else text)
+        _must("scontrol", "reconfigure")
+
     def wait_for(self, reached: Callable[[], bool], timeout_s: float = 20.0) -> None:
         deadline = time.monotonic() + timeout_s
         while not reached():
@@ -153,14 +161,14 @@ class Cluster:
 
 
 @contextmanager
-def cluster(*, warns_preempted: bool = True) -> Iterator[Cluster]:
+def cluster() -> Iterator[Cluster]:
     """SLURM, started with all its files below the root of a new ``Cluster``; SLURM_CONF is set while it runs. A job
-    that is preempted gets the signal that it has asked for, or else SIGTERM."""
+    that is preempted gets the signal that it has asked for."""
     # not among pytest's own, whose parent nobody else may enter: munge's socket must be within reach
     root = Path(tempfile.mkdtemp(prefix="slurm-"))
     made = Cluster(root)
     before = os.environ.get("SLURM_CONF")
-    ports = _configure(root, warns_preempted)
+    ports = _configure(root)
     os.environ["SLURM_CONF"] = str(root / "slurm.conf")
     try:
         _plug_in()
@@ -262,7 +270,7 @@ class Jobs:
         return job_state(job)
 
 
-def _configure(root: Path, warns_preempted: bool) -> list[int]:
+def _configure(root: Path) -> list[int]:
     """Writes the files; returns the ports of nodes with GPUs."""
     for name in (
         "state",
@@ -278,10 +286,8 @@ def _configure(root: Path, warns_preempted: bool) -> list[int]:
     port, node_port, *ports = _free_ports(NUM_GPU_NODES + 2)
     text = _CONF.format(host=_HOST, user=getpass.getuser(), root=root, port=port, node_port=node_port, net=_NET,
                         gpu_nodes=NUM_GPU_NODES)  # fmt: skip
-    if warns_preempted:
-        text = f"SlurmctldParameters=preempt_send_user_signal\n{text}"
     nodes = "".join(_GPU_NODE.format(n=n + 1, port=port, net=_NET) for n, port in enumerate(ports))
-    (root / "slurm.conf").write_text(text.replace("PartitionName", nodes + "PartitionName", 1))
+    (root / "slurm.conf").write_text(_WARNS + text.replace("PartitionName", nodes + "PartitionName", 1))
     for gpu in range(8):
         (root / "dev" / f"nvidia{gpu}").symlink_to("/dev/null")
     (root / "gres.conf").write_text(

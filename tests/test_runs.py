@@ -287,12 +287,14 @@ def test_a_job_survives_kills_and_signals(tiny: Tiny, place: Path, two_ranks: li
     job.process.send_signal(signal.SIGTERM)
     hold.unlink()
     assert job.wait() == 75, job.stderr
+    assert "nemo-rlhf: SIGTERM ended the run after step " in job.stderr
     assert newest() == before + 1
 
     job = start()  # told to stop before there is a step
     job.wait_until(lambda: sum(catches(rank, signal.SIGUSR1) for rank in job.ranks().values()) == 2)
     job.process.send_signal(signal.SIGUSR1)
     assert job.wait() == 75, job.stderr
+    assert "nemo-rlhf: SIGUSR1 ended the run after step " in job.stderr
     assert newest() == before + 2
 
     job = start()

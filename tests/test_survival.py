@@ -15,7 +15,7 @@ from tests.slurm import Cluster, Jobs, cluster, job_state, program_of, why_not
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
-STEPS = 3
+STEPS = 5
 ACROSS = ("trainer.num_nodes=2", "trainer.devices=1", "model.tensor_model_parallel_size=2")
 ONE_NODE = ("trainer.devices=2", "model.tensor_model_parallel_size=2")
 # with ranks dealt out node by node, those that share a layer are on two nodes
@@ -29,7 +29,7 @@ def slurm(tmp_path: Path) -> Iterator[Cluster]:
         for name in FROM_OUTSIDE:  # jobs inherit the environment of who submits them
             patch.delenv(name, raising=False)
         patch.chdir(tmp_path)
-        with cluster(warns_preempted=False) as made:
+        with cluster() as made:
             yield made
 
 
@@ -59,9 +59,17 @@ class Chain:
         self.attempt += 1
         return said
 
-    def log_of(self, rank: int) -> str:
-        attempt = self.jobs.root / "logs" / f"{self.name}-{self.job}" / f"attempt_{self.attempt}"
-        return (attempt / f"rank_{rank}.log").read_text()
+    def stops(self, name: str, step: int) -> None:
+        """Wait until a signal has made it go back."""
+        self.goes_back(75, step)
+        ended = (
+            f"nemo-rlhf: {name} ended the run after step {step}, which is saved; the same command goes on from there."
+        )
+        assert ended in self.log_of(0, self.attempt - 1)
+
+    def log_of(self, rank: int, attempt: int) -> str:
+        logs = self.jobs.root / "logs" / f"{self.name}-{self.job}" / f"attempt_{attempt}"
+        return (logs / f"rank_{rank}.log").read_text()
 
     def said(self) -> str:
         """What the attempt has left in the job's log."""
@@ -77,24 +85,30 @@ def test_a_job_survives(slurm: Cluster, tiny: Tiny, tmp_path: Path) -> None:
     chain = Chain(jobs, "chain", jobs.submit("chain", *ppo(tiny, "chain", *ACROSS)))
     late = Chain(jobs, "late", jobs.submit("late", *ppo(tiny, "late", *WIDE, "slurm.time=1", "slurm.signal_s=55")))
 
-    late.goes_back(75, 1)
+    late.stops("SIGUSR1", 1)
     subprocess.run(["scancel", late.job], check=True)
 
     chain.reached()
-    jobs.preempt()
-    chain.goes_back(75, 1)
+    subprocess.run(["scancel", "--signal=USR1", chain.job], check=True)
+    chain.stops("SIGUSR1", 1)
+    for step, warned, name in ((2, True, "SIGUSR1"), (3, False, "SIGTERM")):
+        chain.reached()
+        slurm.warn_preempted(warned)
+        jobs.preempt()
+        chain.stops(name, step)
 
     chain.reached()
     program_of(chain.job, 1).send_signal(signal.SIGKILL)
-    said = chain.goes_back(137, 1)
+    said = chain.goes_back(137, 3)
     assert "rank 1 on n2 ended first, with exit code 137; the end of logs/" in said
 
     chain.reached()
     slurm.cut("n2")
-    jobs.wait_until(lambda: "no sign of life" in chain.log_of(0) and "no answer from rank 0" in chain.log_of(1))
+    n = chain.attempt
+    jobs.wait_until(lambda: "no sign of life" in chain.log_of(0, n) and "no answer from rank 0" in chain.log_of(1, n))
     slurm.plug("n2")
-    said = chain.goes_back(1, 1)
-    assert "no sign of life from rank 1 on n2 for 5 s, last in step 2, rollout; rank 0 on n1 is in step 2" in said
+    said = chain.goes_back(1, 3)
+    assert "no sign of life from rank 1 on n2 for 5 s, last in step 4, rollout; rank 0 on n1 is in step 4" in said
 
     chain.reached()
     slurm.crash("n1")  # the script of the job runs there, and rank 0

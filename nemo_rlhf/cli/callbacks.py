@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import time
 import warnings
 from pathlib import Path
@@ -67,10 +68,10 @@ def remove_unfinished(run_dir: Path) -> None:
 
 
 class StopSignals(Callback):
-    """SIGTERM and SIGUSR1 let the step end; ``requested`` is then True on every rank after the same step."""
+    """SIGTERM and SIGUSR1 let the step end; ``requested`` is then the signal, on every rank after the same step."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested: signal.Signals | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         stop.listen()  # once more: Lightning has put handlers of its own in place
@@ -84,10 +85,11 @@ class StopSignals(Callback):
             self._is_requested(pl_module)
 
     def _is_requested(self, pl_module: Any) -> bool:
-        noted = torch.tensor(float(stop.noted()), device=pl_module.device)
-        dist.all_reduce(noted, op=dist.ReduceOp.MAX)
-        self.requested = self.requested or bool(noted)
-        return self.requested
+        number = torch.tensor(float(stop.number()), device=pl_module.device)
+        dist.all_reduce(number, op=dist.ReduceOp.MAX)
+        if number:
+            self.requested = signal.Signals(int(number))
+        return self.requested is not None
 
 
 class Checkpoints(Checkpoint):

@@ -41,6 +41,7 @@ from nemo_rlhf.config import dump
 from nemo_rlhf.config.environment import check_given_environment
 from nemo_rlhf.config.sampling import sampling_values
 from nemo_rlhf.config.schema import (
+    ExpManagerConfig,
     GenerateConfig,
     ILQLConfig,
     ModelConfig,
@@ -289,6 +290,25 @@ def result_of(run_dir: Path) -> tuple[Metrics, Path]:
     return stored_metrics(last)[1], last
 
 
+def _add_loggers(trainer: Trainer, run_dir: Path, config: ExpManagerConfig) -> None:
+    exp_manager(
+        trainer,
+        OmegaConf.create(
+            {
+                # a directory of its own: at every start it moves the files of the one before into logs/run_N
+                "explicit_log_dir": str(run_dir / "logs"),
+                "create_checkpoint_callback": False,  # NeMo's reads steps from file names and cannot skip a damaged one
+                "create_tensorboard_logger": config.create_tensorboard_logger,
+                "summary_writer_kwargs": {"sub_dir": "../tensorboard"},
+                "create_wandb_logger": config.create_wandb_logger,
+                "wandb_logger_kwargs": config.wandb_logger_kwargs,
+                "log_step_timing": False,
+                "seconds_to_sleep": 0,
+            }
+        ),
+    )
+
+
 def _fit(algorithm: Algorithm, config: TrainingConfig) -> int:
     run_dir = algorithm.run_dir
     if not config.exp_manager.resume_if_exists and stored_checkpoints(run_dir):
@@ -318,22 +338,7 @@ def _fit(algorithm: Algorithm, config: TrainingConfig) -> int:
         use_distributed_sampler=False,
         callbacks=[stopping, checkpoints, *progress],
     )
-    exp_manager(
-        trainer,
-        OmegaConf.create(
-            {
-                # a directory of its own: at every start it moves the files of the one before into logs/run_N
-                "explicit_log_dir": str(run_dir / "logs"),
-                "create_checkpoint_callback": False,  # NeMo's reads steps from file names and cannot skip a damaged one
-                "create_tensorboard_logger": config.exp_manager.create_tensorboard_logger,
-                "summary_writer_kwargs": {"sub_dir": "../tensorboard"},
-                "create_wandb_logger": config.exp_manager.create_wandb_logger,
-                "wandb_logger_kwargs": config.exp_manager.wandb_logger_kwargs,
-                "log_step_timing": False,
-                "seconds_to_sleep": 0,
-            }
-        ),
-    )
+    _add_loggers(trainer, run_dir, config.exp_manager)
     trainer.loggers = [metrics, *trainer.loggers]
     resume = newest_whole_checkpoint(run_dir) if config.exp_manager.resume_if_exists else None
     remove_unfinished(run_dir)
@@ -353,6 +358,8 @@ def _fit(algorithm: Algorithm, config: TrainingConfig) -> int:
                 said = f"{run_dir} has all {done} steps; raise trainer.max_steps (or max_epochs) to go on."
     if stopping.requested and (code or algorithm.completed_steps < algorithm.max_steps):
         code = EXIT_STOPPED
+        after = f"step {algorithm.completed_steps}, which is saved" if algorithm.completed_steps else "no step"
+        said = said or f"{stopping.requested.name} ended the run after {after}; the same command goes on from there."
     if dist.get_rank() == 0:
         if said:
             print(f"nemo-rlhf: {said}", file=sys.stderr)

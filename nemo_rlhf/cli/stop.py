@@ -10,13 +10,18 @@ from typing import Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
-_noted = False
+_number = 0  # of the signal that was noted
 _depth = 0  # heeded() within heeded(): what came before is not forgotten
 
 
 def noted() -> bool:
     """Whether this process was asked to stop since ``heeded`` was entered."""
-    return _noted
+    return bool(_number)
+
+
+def number() -> int:
+    """The signal that ``noted`` is about; 0 without one."""
+    return _number
 
 
 def listen() -> None:
@@ -29,7 +34,7 @@ def listen() -> None:
 @contextmanager
 def heeded() -> Iterator[None]:
     """Inside, SIGTERM and SIGUSR1 do not end the process but are noted."""
-    global _depth, _noted
+    global _depth, _number
     _depth += 1
     previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     listen()
@@ -38,12 +43,12 @@ def heeded() -> Iterator[None]:
     finally:
         _depth -= 1
         if not _depth:
-            _noted = False
+            _number = 0
         if threading.current_thread() is threading.main_thread():
             for number, handler in previous.items():
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 def _note(number: int, frame: Any) -> None:
-    global _noted
-    _noted = True
+    global _number
+    _number = number
