@@ -18,11 +18,13 @@ FinishReason = Literal["eos", "stop", "length"]
 
 @dataclass(frozen=True)
 class Prompt:
-    """One tokenised prompt. ``metadata`` holds every other field of its record; rewards receive it."""
+    """One tokenised prompt. ``metadata`` holds every other field of its record; rewards receive it. ``messages``: the
+    chat of which ``text`` is what the template made; None: it was text."""
 
     token_ids: tuple[int, ...]
     text: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    messages: tuple[Mapping[str, Any], ...] | None = None
 
 
 @dataclass(frozen=True)

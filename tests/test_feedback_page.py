@@ -179,6 +179,25 @@ def test_an_empty_queue_and_no_undo(tmp_path: Path) -> None:
     place.store.close()
 
 
+def test_undo_where_nothing_else_is_left(tmp_path: Path) -> None:
+    """What is taken back is said to be, though no task is shown in its place; and a skip can be taken back there."""
+    place = make_place(tmp_path, plain_tasks(1), answers_wanted=2)
+    ben, eve = place.client("ben"), place.client("eve")
+    page = vote(ben, "left")
+    assert "Nothing to compare" in page and 'form="undo"' in page
+    held_by_eve = eve.get("/").text
+    ben.post("/undo", data={"csrf": field(page, "csrf")})
+    page = ben.get("/").text
+    assert flash(page) == "Your last answer is taken back." and place.compared() == []
+    assert "Nothing to compare" in page and 'form="undo"' not in page
+    eve.post("/skip", data={"csrf": field(held_by_eve, "csrf"), "token": field(held_by_eve, "token")})
+    page = eve.get("/").text
+    assert "Nothing to compare" in page and 'form="undo"' in page
+    eve.post("/undo", data={"csrf": field(page, "csrf")})
+    assert "Question 0?" in eve.get("/").text
+    place.store.close()
+
+
 def test_agreement_with_others(place: Place) -> None:
     desk = Desk(place.store, place.run_id, place.account_id("eve"))
     for _ in range(4):

@@ -77,9 +77,7 @@ def test_pairs_out(file_store: Store) -> None:
     assert chats[1]["chosen"] == [*CHAT, {"role": "assistant", "content": "go away"}]
     assert chats[0]["rejected"] == [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "no"}]
     assert all("prompt" not in record and record["step"] == 7 for record in chats)
-    with file_store.database.read() as connection:
-        logged = connection.execute(text("SELECT form, pairs, last_comparison FROM exports ORDER BY id")).all()
-    assert [tuple(row) for row in logged] == [("pairs", 4, 8), ("conversational", 4, 8)]
+    assert exports(file_store) == [("pairs", 4, 8), ("conversational", 4, 8)]
 
 
 def test_pairs_round_trip(store: Store, tmp_path: Path, tiny: Tiny) -> None:
@@ -116,6 +114,71 @@ def test_pairs_round_trip(store: Store, tmp_path: Path, tiny: Tiny) -> None:
         (0.0, False),
     ]
     assert not list(tmp_path.glob(".*")), "nothing half-written stays"
+
+
+def test_an_answer_that_is_taken_back_during_an_export(file_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_id = file_store.run("run", create=True)
+    file_store.add_tasks(run_id, 1, tasks(4))
+    ann = Desk(file_store, run_id, without_access(file_store, run_id, "ann", simulated=False))
+    for _ in range(3):
+        say(ann, "first")
+    monkeypatch.setattr("nemo_rlhf.feedback.exchange._AT_ONCE", 1)
+    records = export_records(file_store, run_id, "pairs")
+    keys = [next(records)["key"]]
+    assert ann.undo()[0]
+    say(ann, "second")
+    keys += [record["key"] for record in records]
+    assert keys == ["task-0", "task-1"], "as they stood, but for the last one"
+    assert exports(file_store) == [("pairs", 2, 2)]
+
+
+def exports(store: Store) -> list[tuple[str, int, int]]:
+    with store.database.read() as connection:
+        logged = connection.execute(text("SELECT form, pairs, last_comparison FROM exports ORDER BY id")).all()
+    return [(row[0], row[1], row[2]) for row in logged]
+
+
+def test_what_an_export_replaces(file_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data set, once the new one is whole; nothing else; and only what has come about is noted."""
+    run_id, out = file_store.run("run", create=True), tmp_path / "set"
+    with pytest.raises(ValueError, match="nothing to export"):
+        export_file(file_store, run_id, "pairs", out)
+    run_id = compared(file_store)
+    (tmp_path / "ppo").mkdir()
+    (tmp_path / "ppo" / "metrics.jsonl").write_text("{}")
+    with pytest.raises(ValueError, match="ppo holds something else than a data set, which is not replaced"):
+        export_file(file_store, run_id, "conversational", tmp_path / "ppo", force=True)
+    assert (tmp_path / "ppo" / "metrics.jsonl").is_file() and exports(file_store) == []
+    for _ in range(2):
+        export_file(file_store, run_id, "conversational", out, force=True)
+    before = exports(file_store)
+    assert before == [("conversational", 4, 8)] * 2
+    rename = Path.rename
+
+    def fails(self: Path, target: Path) -> Path:
+        if ".partial-" in self.name:
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OSError, match="No space left"):
+        export_file(file_store, run_id, "conversational", out, force=True)
+    assert len(datasets.load_from_disk(str(out))) == 4 and exports(file_store) == before
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_one_annotator_says_one_thing(store: Store) -> None:
+    run_id = store.run("run", create=True)
+    one, other = {"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "p", "chosen": "b", "rejected": "a"}
+    with pytest.raises(ValueError, match=r'^line 3 contradicts line 1, where import said something else.*"annotator"'):
+        take_in(store, run_id, [("line 1", one), ("line 2", one), ("line 3", other)])
+    assert store.comparison_ids(run_id) == [], "all or none"
+    assert take_in(store, run_id, [("line 1", one), ("line 2", one), ("line 3", {**other, "annotator": "ann"})]) == (
+        2,
+        1,
+    )
+    with pytest.raises(ValueError, match=r"^line 1 contradicts the store, where ann said something else"):
+        take_in(store, run_id, [("line 1", {**one, "annotator": "ann"})])
 
 
 def test_one_task_however_many_compared_it(store: Store) -> None:

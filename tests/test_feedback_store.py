@@ -23,7 +23,7 @@ from sqlalchemy import text
 from nemo_rlhf.feedback.accounts import accounts, invite, revoke, sign_in, signed_in, without_access
 from nemo_rlhf.feedback.database import VERSION_TABLE
 from nemo_rlhf.feedback.desk import Desk
-from nemo_rlhf.feedback.records import MAX_TEXT, NewTask, Refresh, TooLate
+from nemo_rlhf.feedback.records import MAX_TEXT, Lease, NewTask, Refresh, TooLate
 from nemo_rlhf.feedback.store import Store, run_name
 from nemo_rlhf.feedback.tables import Base
 from tests.feedback import desks, held, tasks, verdicts
@@ -158,13 +158,12 @@ def test_answers_are_stored_in_stored_order_and_settle(store: Store) -> None:
     assert lease.answers == (("two", "one") if lease.swapped else ("one", "two"))
     time.sleep(0.02)
     ann.answer(lease.token, "left" if lease.answers[0] == "two" else "right", 1e6, "why")
-    assert ann.undo() is None
+    assert ann.undo() == (False, None)
     (one,) = store.comparisons(store.settled_ids(run_id))
     assert (one.key, one.step, one.prompt, one.answers, one.verdict) == ("k", 4, "p", ("one", "two"), "second")
     assert (one.annotator, one.simulated, one.note, one.metadata) == ("ann", False, "why", {"sample": 7})
     assert 0.02 <= one.seconds < 60, "cut to the time since the lease began"
-    with pytest.raises(ValueError, match="no comparison 99"):
-        store.comparisons([one.id, 99])
+    assert store.comparisons([99, one.id]) == [one], "without what is none (any more)"
 
 
 def test_both_orders_are_shown(file_store: Store) -> None:
@@ -224,15 +223,21 @@ def test_undo(store: Store) -> None:
     ann.skip(second.token)
     assert held(ann.next()).key == "task-2"
     assert store.settled_ids(run_id) == [] and len(store.comparison_ids(run_id)) == 1
-    assert held(ann.undo()).key == "task-1", "the skip"
-    back = held(ann.undo())
-    assert back.key == "task-0" and ann.undo() is None and store.comparison_ids(run_id) == []
+    assert held(undone(ann)).key == "task-1", "the skip"
+    back = held(undone(ann))
+    assert back.key == "task-0" and ann.undo() == (False, None) and store.comparison_ids(run_id) == []
     with pytest.raises(TooLate):
         ann.answer(first.token, "right", 1.0)
     ann.answer(back.token, "tie", 1.0)
     assert verdicts(store, run_id) == {("ann", "task-0"): "tie"}
     store.run("run", create=True, undo_s=0)
-    assert ann.undo() is None, "the run allows it no more"
+    assert ann.undo() == (False, None), "the run allows it no more"
+
+
+def undone(desk: Desk) -> Lease | None:
+    taken_back, lease = desk.undo()
+    assert taken_back
+    return lease
 
 
 def test_undo_where_others_have_taken_over(store: Store) -> None:
@@ -242,7 +247,7 @@ def test_undo_where_others_have_taken_over(store: Store) -> None:
     ann.answer(held(ann.next()).token, "left", 1.0)
     others = held(ben.next())
     assert others.key == "task-0"
-    assert held(ann.undo()).key == "task-1", "ben is at task-0, and ann's answer is gone"
+    assert held(undone(ann)).key == "task-1", "ben is at task-0, and ann's answer is gone"
     ben.answer(others.token, "right", 1.0)
     ann.skip(held(ann.next()).token)
     assert held(ann.next()).key == "task-0", "which comes back"
@@ -253,8 +258,17 @@ def test_undo_where_others_have_taken_over(store: Store) -> None:
     ann, ben = desks(store, run_id, "ann", "ben")
     ann.skip(held(ann.next()).token)
     ben.answer(held(ben.next()).token, "left", 1.0)
-    assert ann.undo() is None and ann.next() is None, "answered as often as was wanted"
-    assert store.queue_length(run_id) == 0
+    assert undone(ann) is None and ann.next() is None, "answered as often as was wanted"
+    assert store.queue_length(run_id) == 0 and ann.progress().skipped == 0
+
+    run_id = store.run("alone", create=True, answers_wanted=2)
+    store.add_tasks(run_id, 1, tasks(1))
+    ann, ben = desks(store, run_id, "ann", "ben")
+    ann.answer(held(ann.next()).token, "left", 1.0)
+    others = held(ben.next())
+    assert undone(ann) is None and verdicts(store, run_id) == {}, "taken back, while ben is at the only task"
+    ben.skip(others.token)
+    assert held(ann.next()).key == "task-0"
 
 
 def test_answers_settle_when_they_cannot_be_undone(store: Store) -> None:
@@ -264,7 +278,7 @@ def test_answers_settle_when_they_cannot_be_undone(store: Store) -> None:
     ann.answer(held(ann.next()).token, "left", 1.0)
     assert store.settled_ids(run_id) == []
     time.sleep(0.3)
-    assert ann.undo() is None
+    assert ann.undo() == (False, None)
     deadline = time.monotonic() + 5
     while not store.settled_ids(run_id):
         assert time.monotonic() < deadline
@@ -312,6 +326,11 @@ def test_hostile_text_stays_text(store: Store) -> None:
         (n, n, n, n) for n in NASTY
     ]
     assert store.info(run_id).guidelines == NASTY[0] and found[0].annotator == '"; DELETE FROM annotators; --'
+
+
+def test_metadata_is_counted_in_characters(file_store: Store) -> None:
+    run_id = file_store.run("run", create=True)
+    assert file_store.add_tasks(run_id, 1, [NewTask("k", "p", ("a", "b"), metadata={"x": "漢" * (MAX_TEXT - 20)})]) == 1
 
 
 @pytest.mark.parametrize(

@@ -8,68 +8,36 @@ unless told to.
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nemo_rlhf.algorithms.base import Metrics
 from nemo_rlhf.algorithms.evaluate import sample
 from nemo_rlhf.algorithms.model_source import ModelSource
-from nemo_rlhf.algorithms.reward_learner import Judged, RewardLearner
+from nemo_rlhf.algorithms.preferences import PreferenceStore, SharedStore, as_record
+from nemo_rlhf.algorithms.refreshes import RefreshFiles
+from nemo_rlhf.algorithms.reward_learner import RewardLearner
 from nemo_rlhf.config.people import FeedbackConfig
 from nemo_rlhf.config.schema import PPOConfig
-from nemo_rlhf.config.validate_people import learning_source
+from nemo_rlhf.config.validate_people import learning_source, num_replayed
 from nemo_rlhf.generation.engine import Engine
 from nemo_rlhf.generation.sampling import SamplingParams
-from nemo_rlhf.parallel import checkpoint, state
 from nemo_rlhf.rollout.collect import make_requests
 from nemo_rlhf.types import Pair, Prompt
+
+if TYPE_CHECKING:
+    from nemo_rlhf.algorithms.ppo import PPOInputs
 
 _FIRST_INDEX = 2**41  # of samples for people: noise of their own, apart from rollouts and validation
 _CHOICE, _ORDER = 0x5851F42D4C957F2D, 0x14057B7EF767814F  # keep these draws apart from others of the same seed
 _SCALE_FROM = 512  # comparisons, the latest, that the scale of scores is measured on
 _POLL_S = 0.5
-
-
-class OutOfReach(Exception):
-    """The store does not answer; training goes on without it."""
-
-
-class Comparison(Protocol):
-    """What one annotator said: ``verdict`` is "first", "second", "tie" or "both_bad", of ``answers``."""
-
-    id: int
-    step: int
-    prompt: str
-    answers: tuple[str, str]
-    verdict: str
-    annotator: str
-    simulated: bool
-
-
-class PreferenceStore(Protocol):
-    """This run's part of the store, on rank 0. Everything raises OutOfReach."""
-
-    def ask(self, step: int, questions: Sequence[dict[str, Any]]) -> int:
-        """Add pairs to compare ("key", "prompt", "answers", "priority", "metadata"); how many were not there yet."""
-        ...
-
-    def settled(self) -> list[int]:
-        """Numbers of all comparisons that nobody can take back any more."""
-        ...
-
-    def read(self, numbers: Sequence[int]) -> Sequence[Comparison]:
-        """These comparisons, in this order."""
-        ...
-
-    def report(self, **refresh: Any) -> None:
-        """Show those who look after the annotators how a refresh went."""
-        ...
 
 
 class People:
@@ -80,24 +48,35 @@ class People:
         run_dir: Path,
         store: PreferenceStore | None,
         learner: RewardLearner,
+        prompts: Sequence[Prompt],
+        tokenizer: Any,
         stopping: Callable[[], bool] = lambda: False,
     ) -> None:
-        """``store``: on rank 0, elsewhere None. ``stopping``: whether this process is to end, which ends a wait."""
-        self.config, self.seed, self.directory = config, seed, run_dir / "feedback"
-        self.store, self.learner, self.stopping = store, learner, stopping
+        """``store``: on rank 0, elsewhere None. ``prompts``, ``tokenizer``: the policy's. ``stopping``: whether this
+        process is to end, which ends a wait."""
+        self.config, self.seed, self.prompts, self.tokenizer = config, seed, prompts, tokenizer
+        self.store, self.learner, self.stopping = SharedStore(store), learner, stopping
+        self.files = RefreshFiles(run_dir / "feedback")
         self.learned: list[int] = []  # comparisons that refreshes learned from, in their order
         self.held_out: list[int] = []
         self.refreshes = 0
         self.accuracy = float("nan")
         self._texts: dict[int, dict[str, Any]] = {}  # comparisons that have been read
+        self._read_from = ""  # the store that they are from
         self._since_asked = 0  # how many of them came after the last round of questions
+        self._has_begun = False  # in this process
 
     # ---- one step
 
-    def before(
-        self, step: int, engine: Engine, tokenizer: Any, prompts: Sequence[Prompt], sampling: SamplingParams
-    ) -> Metrics:
-        """Before a step's rollout: look at what people said, learn from it, ask anew; all ranks call it."""
+    def before(self, step: int, engine: Engine, sampling: SamplingParams) -> Metrics:
+        """Before a step's rollout: look at what people said, learn from it, ask anew; all ranks call it.
+
+        Raises:
+            ValueError: on every rank; the store is another one than before, or holds what it must not.
+        """
+        if not self._has_begun:
+            self.files.rewind(self.refreshes)
+            self._has_begun = True
         asks = step % self.config.every_n_steps == 0
         fresh = self._look(wait=asks and step > 0)
         metrics: Metrics = {}
@@ -105,9 +84,9 @@ class People:
         enough = len(self.held_out) + len(sides["hold out"]) >= self.config.min_held_out
         if len(sides["learn"]) >= self.config.min_new and enough:
             self.held_out += sides["hold out"]
-            metrics |= self._refresh(step, sides["learn"])
+            metrics |= self._refresh(step, sides["learn"][: self._num_new() * self.config.refresh_steps])
         if asks:
-            metrics["feedback/asked"] = float(self._ask(step, engine, tokenizer, prompts, sampling))
+            metrics["feedback/asked"] = float(self._ask(step, engine, sampling))
         known = self._texts.values()
         return metrics | {
             "feedback/comparisons": float(len(known)),
@@ -119,14 +98,12 @@ class People:
 
     # ---- to people
 
-    def _ask(
-        self, step: int, engine: Engine, tokenizer: Any, prompts: Sequence[Prompt], sampling: SamplingParams
-    ) -> int:
-        """Sample pairs, and put those into the store that are most worth an answer; how many."""
+    def _ask(self, step: int, engine: Engine, sampling: SamplingParams) -> int:
+        """Sample pairs, and put those into the store that are most worth an answer; how many it had not yet."""
         config = self.config
-        chosen = self._random(_CHOICE, step).permutation(len(prompts))[: config.num_pairs * config.candidates]
+        chosen = self._random(_CHOICE, step).permutation(len(self.prompts))[: config.num_pairs * config.candidates]
         first = _FIRST_INDEX + 2 * step * config.num_pairs * config.candidates
-        requests = make_requests([prompts[index] for index in chosen], 2, first)
+        requests = make_requests([self.prompts[index] for index in chosen], 2, first)
         samples = sample(engine, requests, sampling)
         scores = self.learner.source.scores(samples).view(-1, 2).tolist()
         questions: list[dict[str, Any]] = []
@@ -139,6 +116,7 @@ class People:
                 {
                     "key": f"{step}/{index}",
                     "prompt": one.prompt.text,
+                    "messages": one.prompt.messages,
                     "answers": (one.text, other.text),
                     "priority": float(step),  # answers of the latest policy first
                     "metadata": metadata,
@@ -146,10 +124,10 @@ class People:
             )
         if config.select == "uncertainty":
             questions.sort(key=lambda question: _difference(question["metadata"]["scores"]))
-        questions = questions[: config.num_pairs]
-        self._on_store(lambda store: store.ask(step, questions))
-        self._since_asked = 0
-        return len(questions)
+        num_new = self.store.call(lambda store: store.ask(step, questions, config.num_pairs)) or 0
+        if num_new:
+            self._since_asked = 0
+        return num_new
 
     # ---- from people
 
@@ -158,19 +136,29 @@ class People:
         seen = {*self.learned, *self.held_out}
         deadline = time.monotonic() + self.config.wait_timeout_s
 
-        def look(store: PreferenceStore) -> tuple[list[int], list[dict[str, Any]]]:
+        def look(store: PreferenceStore) -> tuple[str, list[int], list[dict[str, Any]]]:
             while True:
+                may_grow = wait and store.may_grow()  # before the look, which then has what settles in between
+                fingerprint = self._same_store(store.fingerprint())
                 fresh = [number for number in store.settled() if number not in seen]
                 unread = [number for number in fresh if number not in self._texts]
-                answers = self._since_asked + len(unread)
-                if not wait or answers >= self.config.wait_for or time.monotonic() > deadline or self.stopping():
-                    return fresh, [_as_record(one) for one in store.read(unread)]
+                enough = self._since_asked + len(unread) >= self.config.wait_for
+                if not may_grow or enough or time.monotonic() > deadline or self.stopping():
+                    return fingerprint, fresh, [as_record(one, self.tokenizer) for one in store.read(unread)]
                 time.sleep(_POLL_S)
 
-        fresh, records = self._on_store(look) or ([], [])
+        self._read_from, fresh, records = self.store.call(look) or (self._read_from, [], [])
         self._texts |= {record["id"]: self._readable(record) for record in records}
         self._since_asked += len(records)
         return fresh
+
+    def _same_store(self, fingerprint: str) -> str:
+        if self._texts and fingerprint != self._read_from:
+            raise ValueError(
+                f"The run has read {len(self._texts)} comparisons from another preference store than this one: set "
+                "ppo.feedback.store and ppo.feedback.run as before, or use another exp_manager.explicit_log_dir."
+            )
+        return fingerprint
 
     def _readable(self, record: dict[str, Any]) -> dict[str, Any]:
         """A comparison that the reward model cannot hold prefers nobody."""
@@ -192,9 +180,19 @@ class People:
         self.refreshes = number
         self.accuracy = (after if accepted else before).accuracy
         if accepted:
-            self.learner.measure_scale(self._pairs([*self.held_out, *self.learned][-_SCALE_FROM:]))
-        self._record(step, fresh, batches, before, after, accepted)
-        self._on_store(
+            self.learner.measure_scale(self._pairs(sorted([*self.held_out, *self.learned])[-_SCALE_FROM:]))
+        record = {
+            "step": step,
+            "accepted": accepted,
+            "before": vars(before),
+            "after": vars(after),
+            "optim": asdict(self.config.optim),
+            "batches": batches,
+            "held_out": self.held_out,
+            "comparisons": [self._texts[one] for one in [*fresh, *self.held_out]],
+        }
+        self.files.write(number, record)
+        self.store.call(
             lambda store: store.report(
                 step=step,
                 number=number,
@@ -213,17 +211,20 @@ class People:
             "feedback/accepted": float(accepted),
         }
 
+    def _num_new(self) -> int:
+        """Comparisons of a batch that no refresh has seen."""
+        config = self.config
+        return config.batch_size - (num_replayed(config) if self.learned else 0)
+
     def _batches(self, number: int, fresh: Sequence[int]) -> list[list[int]]:
         """Comparisons of each optimizer step: new ones, each before any comes again, and old ones drawn at random."""
-        config, random = self.config, self._random(_ORDER, number)
-        from_before = round(config.replay * config.batch_size) if self.learned else 0
-        num_new = config.batch_size - from_before
+        config, random, num_new = self.config, self._random(_ORDER, number), self._num_new()
         rounds = -(-num_new * config.refresh_steps // len(fresh))
         queue = np.concatenate([random.permutation(fresh) for _ in range(rounds)])
         return [
             [
                 *queue[step * num_new : (step + 1) * num_new].tolist(),
-                *random.choice(self.learned or [0], from_before).tolist(),
+                *random.choice(self.learned or [0], config.batch_size - num_new).tolist(),
             ]
             for step in range(config.refresh_steps)
         ]
@@ -233,46 +234,14 @@ class People:
         record = self._texts[number]
         if record["chosen"] is None or record["chosen"] == record["rejected"]:
             return "leave"
-        digest = hashlib.sha256(record["prompt"].encode(errors="surrogatepass")).digest()
-        return "hold out" if int.from_bytes(digest[:8], "big") < self.config.held_out * 2**64 else "learn"
+        return "hold out" if _is_held_out(record["prompt"], self.config.held_out) else "learn"
 
     def _pairs(self, numbers: Iterable[int]) -> list[Pair]:
         return [self._encode(self._texts[number]) for number in numbers]
 
     def _encode(self, record: dict[str, Any]) -> Pair:
-        return self.learner.encode(
-            record["prompt"], record["chosen"], record["rejected"], f"Comparison {record['id']} of the preference store"
-        )
-
-    def _record(
-        self,
-        step: int,
-        fresh: Sequence[int],
-        batches: list[list[int]],
-        before: Judged,
-        after: Judged,
-        accepted: bool,
-    ) -> None:
-        """Everything that this refresh saw: with those before it and the first weights, the same model comes again."""
-        record = {
-            "number": self.refreshes,
-            "step": step,
-            "accepted": accepted,
-            "before": vars(before),
-            "after": vars(after),
-            "batches": batches,
-            "held_out": self.held_out,
-            "comparisons": [self._texts[number] for number in [*fresh, *self.held_out]],
-        }
-        path = self.directory / f"refresh_{self.refreshes}.json"
-
-        def write() -> None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(record, indent=1) + "\n")
-            partial.replace(path)
-
-        checkpoint.on_rank_zero(write)
+        where = f"Comparison {record['id']} of the preference store"
+        return self.learner.encode(record["prompt"], record["chosen"], record["rejected"], where, record["margin"])
 
     # ---- across stops
 
@@ -283,7 +252,8 @@ class People:
             "refreshes": self.refreshes,
             "accuracy": self.accuracy,
             "since_asked": self._since_asked,
-            "texts": [self._texts[number] for number in [*self.learned, *self.held_out]],
+            "texts": list(self._texts.values()),
+            "read_from": self._read_from,
         }
 
     def load_loop_state(self, loaded: dict[str, Any]) -> None:
@@ -291,41 +261,33 @@ class People:
         self.refreshes, self.accuracy = loaded["refreshes"], loaded["accuracy"]
         self._since_asked = loaded["since_asked"]
         self._texts = {record["id"]: record for record in loaded["texts"]}
+        self._read_from = loaded["read_from"]
 
     # ---- parts
-
-    def _on_store(self, call: Callable[[PreferenceStore], Any]) -> Any:
-        """What ``call`` gives on rank 0, on every rank; None and a warning where the store does not answer."""
-        result, away = None, ""
-        if self.store is not None:
-            try:
-                result = call(self.store)
-            except OutOfReach as error:
-                away = str(error)
-        result, away = state.share_object(state.gather_objects((result, away))[0])
-        if away:
-            warnings.warn(
-                f"The preference store does not answer, and training goes on without it: {away}", stacklevel=2
-            )
-        return result
 
     def _random(self, purpose: int, number: int) -> np.random.Generator:
         key = np.array([(self.seed + purpose) % 2**64, number], dtype=np.uint64)
         return np.random.Generator(np.random.Philox(key=key))
 
 
-def open_people(
-    config: PPOConfig,
-    models: Sequence[ModelSource],
-    run_dir: Path,
-    store: PreferenceStore | None,
-    stopping: Callable[[], bool],
-) -> People | None:
-    """The loop with that one of ``models`` which learns; None where the configuration names no store."""
-    if config.ppo.feedback.store is None:
+def open_people(config: PPOConfig, models: Sequence[ModelSource], inputs: PPOInputs) -> People | None:
+    """The loop with that one of ``models`` which learns; None where the configuration names no store.
+
+    Raises:
+        ValueError: all prompts are held out, or none is.
+    """
+    feedback, prompts = config.ppo.feedback, inputs.prompts
+    if feedback.store is None:
         return None
+    if len({_is_held_out(prompt.text, feedback.held_out) for prompt in prompts}) < 2:
+        nobody = "none to learn from" if _is_held_out(prompts[0].text, feedback.held_out) else "none that is held out"
+        raise ValueError(
+            f"ppo.feedback.held_out={feedback.held_out:g} splits prompts by a hash of their text, and of the "
+            f"{len(prompts)} of data.prompts leaves {nobody}: give more prompts, or another share."
+        )
     learner = RewardLearner(next(one for one in models if one.name == learning_source(config)))
-    return People(config.ppo.feedback, config.seed, run_dir, store, learner, stopping)
+    run_dir = Path(config.exp_manager.explicit_log_dir)
+    return People(feedback, config.seed, run_dir, inputs.store, learner, prompts, inputs.tokenizer, inputs.stopping)
 
 
 def load_people(people: People | None, directory: Path) -> None:
@@ -344,22 +306,10 @@ def load_people(people: People | None, directory: Path) -> None:
     people.learner.load(directory)
 
 
+def _is_held_out(prompt: str, share: float) -> bool:
+    digest = hashlib.sha256(prompt.encode(errors="surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
 def _difference(scores: Sequence[float]) -> float:
     return abs(scores[0] - scores[1])
-
-
-def _as_record(one: Comparison) -> dict[str, Any]:
-    """Plain data, with "chosen" and "rejected" None where nobody was preferred."""
-    chosen = rejected = None
-    if one.verdict in ("first", "second"):
-        chosen, rejected = one.answers if one.verdict == "first" else one.answers[::-1]
-    return {
-        "id": one.id,
-        "step": one.step,
-        "prompt": one.prompt,
-        "chosen": chosen,
-        "rejected": rejected,
-        "verdict": one.verdict,
-        "annotator": one.annotator,
-        "simulated": one.simulated,
-    }

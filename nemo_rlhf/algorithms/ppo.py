@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from nemo_rlhf.algorithms.model_source import open_model_sources
 from nemo_rlhf.algorithms.people import People, PreferenceStore, load_people, open_people
 from nemo_rlhf.algorithms.play import Environment
 from nemo_rlhf.algorithms.ppo_losses import policy_objective, value_objective
-from nemo_rlhf.algorithms.roles import open_role, save_role
+from nemo_rlhf.algorithms.roles import open_critic, open_role, save_role
 from nemo_rlhf.algorithms.samples import rollout_records, write_records
 from nemo_rlhf.algorithms.update_log import IDLE, UpdateLog
 from nemo_rlhf.config.architecture import Architecture
@@ -47,7 +47,7 @@ from nemo_rlhf.ops.kl import next_kl_coef
 from nemo_rlhf.ops.scaling import ScoreStatistics
 from nemo_rlhf.parallel import checkpoint
 from nemo_rlhf.parallel.optimizer import ModelOptimizer
-from nemo_rlhf.parallel.schedule import Loss
+from nemo_rlhf.parallel.schedule import Loss, Microbatch
 from nemo_rlhf.rollout.collect import make_requests
 from nemo_rlhf.rollout.experience import Evaluation, build_experience, describe_samples
 from nemo_rlhf.rollout.sources import CalledSource
@@ -98,6 +98,7 @@ class PPO(Algorithm):
         self.kl_coef = config.ppo.kl.coef
         self.statistics = ScoreStatistics()
         self.kl_at_start = float("nan")
+        self._graphs: dict[str, Tensor] = {}  # hidden states of the first minibatch by role, with ppo.keep_graph
 
     def configure_model(self) -> None:
         config, model = self.config, self.config.model
@@ -109,14 +110,15 @@ class PPO(Algorithm):
         self.policy = open_policy()
         self.policy.make_trainable(model.optim, total)
         if config.ppo.advantage == "gae":
-            self.critic = self._open_critic(total)
+            self.critic = open_critic(model, self.policy.architecture.vocab_size, precision, config.seed)
+            self.critic.make_trainable(model.critic.optim, total)
         if config.ppo.reference == "swap":
             self.reference = SwappedReference(self.policy)
         else:
             self.reference = ResidentReference(self.policy, open_policy, "reference" in config.ppo.offload)
         models = open_model_sources(config)
         self.rewards = Rewards(self.inputs.sources, models)
-        self.people = open_people(config, models, self.run_dir, self.inputs.store, self.inputs.stopping)
+        self.people = open_people(config, models, self.inputs)
         longest = self.policy.architecture.max_position_embeddings
         if self.inputs.env is not None:
             longest = min(longest, config.environment.max_sequence_length)
@@ -128,18 +130,6 @@ class PPO(Algorithm):
         self.engine.check(make_requests(self.inputs.prompts, 1, 0), self.sampling)
         for _, values in self.validations:
             self.engine.check(make_requests(self.inputs.validation_prompts, 1, 0), SamplingParams(**values))
-
-    def _open_critic(self, total_steps: int) -> CriticModel:
-        model, config = self.config.model, self.config
-        source = model.critic.restore_from or model.restore_from
-        critic = open_role(CriticModel, model, source, config.trainer.precision, config.seed)
-        if critic.architecture.vocab_size != self.policy.architecture.vocab_size:
-            raise ValueError(
-                f"the critic in {model.critic.restore_from} has a vocabulary of {critic.architecture.vocab_size} "
-                f"and the policy one of {self.policy.architecture.vocab_size}: both must read the same tokens."
-            )
-        critic.make_trainable(model.critic.optim, total_steps)
-        return critic
 
     def on_fit_start(self) -> None:
         if self.critic is not None and "critic" in self.config.ppo.offload:
@@ -155,7 +145,7 @@ class PPO(Algorithm):
         heard: Metrics = {}
         if self.people is not None:
             with timer("feedback"):
-                heard = self.people.before(step, self.engine, self.tokenizer, self.inputs.prompts, self.sampling)
+                heard = self.people.before(step, self.engine, self.sampling)
         with timer("rollout"):
             scored, score_s = self.collect(step)
         timer.metrics["time/rollout_s"] -= score_s
@@ -211,11 +201,21 @@ class PPO(Algorithm):
             m for rows in self.minibatches(len(lengths)) for m in self.policy.cut(tokens, mask, lengths, rows)
         ]
         temperature = self.sampling.temperature
-        logprobs, entropy = self.policy.logprobs(microbatches, temperature, tokens)
         ref_logprobs = self.reference.logprobs(microbatches, temperature, tokens)
         with self._critic_on_device():
-            values = None if self.critic is None else self.critic.values(microbatches, tokens)
+            values = None if self.critic is None else self.critic.values(self._kept(self.critic, microbatches), tokens)
+        learns = self.completed_steps >= self.config.ppo.critic_warmup_steps
+        policy_sees = self._kept(self.policy, microbatches) if learns else microbatches
+        logprobs, entropy = self.policy.logprobs(policy_sees, temperature, tokens)
         return Evaluation(logprobs=logprobs, ref_logprobs=ref_logprobs, entropy=entropy, values=values)
+
+    def _kept(self, model: PolicyModel | CriticModel, microbatches: list[Microbatch]) -> list[Microbatch]:
+        if not self.config.ppo.keep_graph:
+            return microbatches
+        first = model.with_graph(microbatches[0])
+        assert first.hidden is not None
+        self._graphs[model.role] = first.hidden
+        return [first, *microbatches[1:]]
 
     def update(self, experience: Experience, step: int) -> Metrics:
         """The inner epochs: critic and policy learn from minibatches of the whole batch."""
@@ -277,12 +277,16 @@ class PPO(Algorithm):
     ) -> None:
         """One optimizer step on the ``tokens`` of a minibatch; where there are none, only one of the schedule."""
         assert model.learner is not None
+        hidden = self._graphs.pop(model.role, None)
         if tokens == 0:
             model.learner.scheduler.step(1)
             return
         batch = {name: value for name, value in vars(experience).items() if value is not None}
         fields = {name: batch[name] for name in _PER_TOKEN if name in batch}
         microbatches = model.cut(experience.tokens, experience.loss_mask, experience.lengths, rows, fields)
+        if hidden is not None:
+            (microbatch,) = microbatches
+            microbatches = [replace(microbatch, hidden=hidden)]
         try:
             log.add(model.role, *model.learn(microbatches, loss), tokens)
         except NonFiniteError as error:

@@ -45,9 +45,9 @@ class RewardLearner:
         assert self.scorer.model.learner is not None
         self.learner = self.scorer.model.learner
 
-    def encode(self, prompt: str, chosen: str, rejected: str, where: str) -> Pair:
+    def encode(self, prompt: str, chosen: str, rejected: str, where: str, margin: float = 0.0) -> Pair:
         """Raises ValueError, which begins with ``where``, for a text that the model cannot hold."""
-        return Pair(self.scorer.encode(prompt, chosen, where), self.scorer.encode(prompt, rejected, where))
+        return Pair(self.scorer.encode(prompt, chosen, where), self.scorer.encode(prompt, rejected, where), margin)
 
     def judge(self, pairs: Sequence[Pair]) -> Judged:
         """All ranks call it with the same pairs; all get the same."""
@@ -56,7 +56,7 @@ class RewardLearner:
         with self.source.on_device():
             scores = score_texts(self.scorer.model, _texts(pairs), self.scorer.tokenizer.pad_token_id)
         chosen, rejected = scores.view(-1, 2).unbind(1)
-        loss, sums = bradley_terry_loss(chosen, rejected, torch.zeros(len(pairs)), normalizer=len(pairs))
+        loss, sums = bradley_terry_loss(chosen, rejected, _margins(pairs), normalizer=len(pairs))
         return Judged(float(sums["accuracy"]) / len(pairs), float(loss))
 
     def refresh(self, batches: Sequence[Sequence[Pair]], held_out: Sequence[Pair]) -> tuple[Judged, Judged, bool]:
@@ -104,7 +104,7 @@ class RewardLearner:
 
     def _learn(self, pairs: Sequence[Pair]) -> None:
         tokens, mask, lengths = pad_for_scores(_texts(pairs), self.scorer.tokenizer.pad_token_id)
-        margins = torch.zeros(tokens.shape)
+        margins = _margins(pairs).repeat_interleave(2)[:, None].expand(tokens.shape)
         rows = range(0, len(lengths), 2)
         microbatches = self.scorer.model.cut(tokens, mask, lengths, rows, {"targets": margins}, together=2)
         self.scorer.model.learn(microbatches, pair_loss(len(pairs)))
@@ -112,3 +112,8 @@ class RewardLearner:
 
 def _texts(pairs: Sequence[Pair]) -> list[tuple[int, ...]]:
     return [text for pair in pairs for text in (pair.chosen, pair.rejected)]
+
+
+def _margins(pairs: Sequence[Pair]) -> torch.Tensor:
+    """[pairs] fp32."""
+    return torch.tensor([pair.margin for pair in pairs])

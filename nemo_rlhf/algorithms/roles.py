@@ -6,13 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nemo_rlhf.config.schema import ModelConfig
+from nemo_rlhf.config.schema import ModelConfig, PPOModelConfig
 from nemo_rlhf.convert.load import HEADS, init_heads, load_weights, open_source
 from nemo_rlhf.convert.locate import TOKENIZER, read_architecture, resolve_restore_from, tokenizer_directory
 from nemo_rlhf.convert.source import RandomSource
 from nemo_rlhf.convert.transfer import copy_tokenizer
 from nemo_rlhf.data.tokenizer import load_tokenizer
 from nemo_rlhf.models.base import DTYPES, MegatronModel
+from nemo_rlhf.models.critic import CriticModel
 from nemo_rlhf.parallel import checkpoint
 
 Role = TypeVar("Role", bound=MegatronModel)
@@ -66,6 +67,21 @@ def open_role(kind: type[Role], config: ModelConfig, source: str, precision: str
     if not has_heads:
         model.gpt.start_value_trunk()
     return model
+
+
+def open_critic(config: PPOModelConfig, vocab_size: int, precision: str, seed: int) -> CriticModel:
+    """From ``model.critic.restore_from``, or the policy's source.
+
+    Raises:
+        ValueError: as ``open_role``; or its vocabulary is not the policy's ``vocab_size``.
+    """
+    critic = open_role(CriticModel, config, config.critic.restore_from or config.restore_from, precision, seed)
+    if critic.architecture.vocab_size != vocab_size:
+        raise ValueError(
+            f"the critic in {config.critic.restore_from} has a vocabulary of {critic.architecture.vocab_size} "
+            f"and the policy one of {vocab_size}: both must read the same tokens."
+        )
+    return critic
 
 
 def save_role(model: MegatronModel, directory: Path, tokenizer_dir: Path) -> None:

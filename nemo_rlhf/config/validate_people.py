@@ -43,11 +43,27 @@ def check_feedback(cfg: PPOConfig, replicas: int) -> None:
             f"ppo.feedback.batch_size={feedback.batch_size} cannot be shared evenly by {replicas} data-parallel ranks: "
             "make it a multiple of that."
         )
+    if num_replayed(feedback) >= feedback.batch_size:
+        raise ValueError(
+            f"ppo.feedback.replay={feedback.replay:g} leaves no new comparison in a batch of "
+            f"ppo.feedback.batch_size={feedback.batch_size}: lower it."
+        )
+    if feedback.wait_for > feedback.num_pairs * feedback.answers_wanted:
+        raise ValueError(
+            f"ppo.feedback.wait_for={feedback.wait_for} is more than a round can have answers, which are "
+            f"ppo.feedback.num_pairs={feedback.num_pairs} times ppo.feedback.answers_wanted="
+            f"{feedback.answers_wanted}: lower it, or raise one of these."
+        )
     if feedback.wait_for and feedback.wait_timeout_s >= cfg.trainer.timeout_s:
         raise ValueError(
             f"ppo.feedback.wait_timeout_s={feedback.wait_timeout_s:g} must be below "
             f"trainer.timeout_s={cfg.trainer.timeout_s}, after which the other ranks give up: lower the former."
         )
+
+
+def num_replayed(feedback: FeedbackConfig) -> int:
+    """Comparisons of a batch that earlier refreshes have seen, once there are any."""
+    return round(feedback.replay * feedback.batch_size)
 
 
 def learning_source(cfg: PPOConfig) -> str:

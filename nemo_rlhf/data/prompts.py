@@ -60,7 +60,7 @@ def _read_prompt(where: str, record: Any, tokenizer: Any, max_prompt_length: int
             f"{where}: the prompt is {len(token_ids)} tokens long and data.max_prompt_length is {max_prompt_length}: "
             "raise the limit, or shorten or remove the prompt."
         )
-    return Prompt(tuple(token_ids), text, metadata)
+    return Prompt(tuple(token_ids), text, metadata, None if isinstance(record, str) else tuple(record))
 
 
 def share_fields(*groups: Sequence[Prompt]) -> list[list[Prompt]]:

@@ -24,6 +24,20 @@ VERSION_TABLE = "feedback_version"
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _LOCK = 0x6E656D6F  # of PostgreSQL's advisory locks, the one that exclusive transactions take
 _BUSY_S = 60.0  # that a SQLite transaction waits for the one before it
+# Of libpq; what the URL says counts before it. A network that is gone without a word is noticed within half a minute,
+# whether this side waits for an acknowledgement or for an answer, and a statement waits for others as in SQLite.
+_POSTGRESQL_LIMITS = {
+    "connect_timeout": 10,  # s
+    "tcp_user_timeout": 30_000,  # ms
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 4,
+    "options": f"-c statement_timeout={_BUSY_S:.0f}s",
+}
+
+
+class Unreachable(ValueError):
+    """The database does not answer; it may later."""
 
 
 class Database:
@@ -39,7 +53,8 @@ class Database:
             self._upgrade()
         except OperationalError as error:
             self.engine.dispose()
-            raise ValueError(f"The store {self.shown_url} cannot be opened: {str(error.orig).strip()}.") from error
+            reason = str(error.orig).strip()
+            raise Unreachable(f"The store {self.shown_url} cannot be opened: {reason}.") from error
         except DatabaseError as error:
             self.engine.dispose()
             if "not a database" in str(error.orig):
@@ -168,4 +183,5 @@ def _use_wal(connection: sqlite3.Connection) -> None:
 
 
 def _postgresql_engine(url: URL) -> Engine:
-    return create_engine(url, pool_size=20, pool_pre_ping=True, connect_args={"connect_timeout": 10})
+    limits = {name: value for name, value in _POSTGRESQL_LIMITS.items() if name not in url.query}
+    return create_engine(url, pool_size=20, pool_pre_ping=True, connect_args=limits)

@@ -63,16 +63,16 @@ class Desk:
         """Give a lease back unanswered; the task goes to others and never comes back. Raises as ``answer`` does."""
         self._close(token, "skip", 0.0, "")
 
-    def undo(self) -> Lease | None:
-        """Take back the last answer or skip, as long as the run allows it, and get its task again. None: there is
+    def undo(self) -> tuple[bool, Lease | None]:
+        """Take back the last answer or skip, as long as the run allows it, and get its task again. False: there was
         nothing to take back. Where others are at that task by now, or have answered it as often as was wanted, this
-        gives the next one instead."""
+        gives the next one instead, None where there is none."""
         with self.database.write() as connection:
             self._lock_annotator(connection)
             now = self.database.now(connection)
             last = self._last(connection, now)
             if last is None:
-                return None
+                return False, None
             task = self._lock_for_undo(connection, last.task_id)
             connection.execute(delete(ComparisonRow).where(ComparisonRow.id == last.id))
             num_answers = task.num_answers - (last.verdict != "skip")
@@ -80,7 +80,9 @@ class Desk:
             connection.execute(update(Task).where(Task.id == task.id).values(is_open=is_open, num_answers=num_answers))
             connection.execute(update(Task).where(Task.lease_holder == self.annotator_id).values(**_NO_LEASE))
             is_free = task.lease_holder in (None, self.annotator_id) or task.lease_until <= now
-            return self._lease(connection, task.id, now) if is_open and is_free else self._next(connection, now)
+            if is_open and is_free:
+                return True, self._lease(connection, task.id, now)
+            return True, self._next(connection, now)
 
     def progress(self) -> Progress:
         other = aliased(ComparisonRow)

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,34 +25,46 @@ from nemo_rlhf.feedback.store import Store
 from nemo_rlhf.feedback.tables import Candidate, ComparisonRow, Export, Prompt, Run, Task
 
 _AT_ONCE = 500
+_DATASET_INFO = "dataset_info.json"  # of a directory for datasets
+
+
+@dataclass
+class _Taken:
+    """What was taken out so far."""
+
+    pairs: int = 0
+    last_comparison: int | None = None
 
 
 def export_records(store: Store, run_id: int, form: str) -> Iterator[dict[str, Any]]:
-    """The comparisons that say which answer is better, by id, one record each; noted in the table of exports.
+    """The comparisons that say which answer is better, by id, one record each; noted in the table of exports when the
+    last one is out. One that is taken back meanwhile may be there or not.
 
     ``form``: "pairs" gives ``{"prompt", "chosen", "rejected"}`` as ``nemo-rlhf reward`` reads them; "conversational"
     two whole chats, ``{"chosen": [messages], "rejected": [messages]}``, as Hugging Face's tools do. A prompt is a
     chat where the task's metadata has it as "messages". Both also say who compared (and whether that was simulated),
     how long it took, the note, the task's key, the policy's step, and the margin where the metadata has one.
     """
+    taken = _Taken()
+    yield from _records(store, run_id, form, taken)
+    _note(store, run_id, form, taken)
+
+
+def _records(store: Store, run_id: int, form: str, taken: _Taken) -> Iterator[dict[str, Any]]:
     assert form in FORMS
     ids = store.comparison_ids(run_id)
-    num = 0
     for start in range(0, len(ids), _AT_ONCE):
         for comparison in store.comparisons(ids[start : start + _AT_ONCE]):
+            taken.last_comparison = comparison.id
             if (record := _record(comparison, form)) is not None:
-                num += 1
+                taken.pairs += 1
                 yield record
+
+
+def _note(store: Store, run_id: int, form: str, taken: _Taken) -> None:
     with store.database.write() as connection:
-        connection.execute(
-            insert(Export).values(
-                run_id=run_id,
-                form=form,
-                pairs=num,
-                last_comparison=ids[-1] if ids else None,
-                created_at=store.database.now(connection),
-            )
-        )
+        values = {"run_id": run_id, "form": form, "created_at": store.database.now(connection), **vars(taken)}
+        connection.execute(insert(Export).values(**values))
 
 
 def export_file(store: Store, run_id: int, form: str, out: Path, *, force: bool = False) -> int:
@@ -59,7 +72,8 @@ def export_file(store: Store, run_id: int, form: str, out: Path, *, force: bool 
     many; ``out`` appears when it is whole.
 
     Raises:
-        ValueError: ``out`` has another suffix, is there already (unless ``force``) or lies nowhere; or no pair is.
+        ValueError: ``out`` has another suffix, is there already (unless ``force``), is there and no data set, or lies
+            nowhere; or no pair is.
     """
     if out.suffix not in ("", ".jsonl"):
         raise ValueError(f"{out} is neither a .jsonl file nor a directory without suffix, for datasets.")
@@ -67,22 +81,39 @@ def export_file(store: Store, run_id: int, form: str, out: Path, *, force: bool 
         raise ValueError(f"{out} is there already: name another one, or replace it with --force.")
     if out.exists() and out.is_dir() != (out.suffix == ""):
         raise ValueError(f"{out} cannot be replaced: it is {'a directory' if out.is_dir() else 'a file'}.")
+    if out.is_dir() and not (out / _DATASET_INFO).is_file() and any(out.iterdir()):
+        raise ValueError(f"{out} holds something else than a data set, which is not replaced: name another directory.")
     if not out.absolute().parent.is_dir():
         raise ValueError(f"There is no directory {out.absolute().parent} for {out.name}: create it first.")
     partial = out.absolute().with_name(f".{out.name}.partial-{os.getpid()}")
+    taken = _Taken()
     try:
-        num = (_write_lines if out.suffix else _write_dataset)(export_records(store, run_id, form), partial)
-        if not num:
+        (_write_lines if out.suffix else _write_dataset)(_records(store, run_id, form, taken), partial)
+        if not taken.pairs:
             raise ValueError("There is nothing to export: no comparison says which answer is better.")
-        if out.is_dir():
-            shutil.rmtree(out)
-        partial.rename(out)
+        _publish(partial, out.absolute())
     finally:
         if partial.is_dir():
             shutil.rmtree(partial)
         else:
             partial.unlink(missing_ok=True)
-    return num
+    _note(store, run_id, form, taken)
+    return taken.pairs
+
+
+def _publish(partial: Path, out: Path) -> None:
+    """What was at ``out`` goes when the new one has its place."""
+    replaced = out.with_name(f".{out.name}.replaced")
+    if out.is_dir():
+        shutil.rmtree(replaced, ignore_errors=True)
+        out.rename(replaced)
+    try:
+        partial.rename(out)
+    except OSError:
+        if replaced.is_dir() and not out.exists():
+            replaced.rename(out)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def import_pairs(store: Store, run_id: int, pairs: Sequence[GivenPair]) -> tuple[int, int]:
@@ -91,25 +122,31 @@ def import_pairs(store: Store, run_id: int, pairs: Sequence[GivenPair]) -> tuple
     Two answers to one prompt are one task, whoever compared them.
 
     Raises:
-        ValueError: names the record that disagrees with what is there.
+        ValueError: names the record that disagrees with what is there, or with one before it by the same annotator.
     """
     num_new = 0
+    said: dict[tuple[int, int], str] = {}
     with store.database.write(exclusive=True) as connection:
         for start in range(0, len(pairs), _AT_ONCE):
-            num_new += _import(store, connection, run_id, pairs[start : start + _AT_ONCE])
+            num_new += _import(store, connection, run_id, pairs[start : start + _AT_ONCE], said)
     return num_new, len(pairs) - num_new
 
 
-def _import(store: Store, connection: Connection, run_id: int, pairs: Sequence[GivenPair]) -> int:
-    """How many were new."""
+def _import(
+    store: Store, connection: Connection, run_id: int, pairs: Sequence[GivenPair], said: dict[tuple[int, int], str]
+) -> int:
+    """How many were new. ``said``: where each annotator's word on each task stands in the file, as far as it was read;
+    it grows."""
     for step in sorted({pair.step for pair in pairs}):
         tasks = [pair.task for pair in pairs if pair.step == step]
         store.insert_tasks(connection, run_id, step, tasks, is_open=False)
     tasks_there = _tasks(connection, run_id, [pair.task.key for pair in pairs])
     annotators: dict[tuple[str, bool], int] = {}
     ids = [task.id for task in tasks_there.values()]
-    voted = select(ComparisonRow.annotator_id, ComparisonRow.task_id).where(ComparisonRow.task_id.in_(ids))
-    known = {(row.annotator_id, row.task_id) for row in connection.execute(voted)}
+    voted = select(ComparisonRow.annotator_id, ComparisonRow.task_id, ComparisonRow.verdict).where(
+        ComparisonRow.task_id.in_(ids)
+    )
+    known = {(row.annotator_id, row.task_id): row.verdict for row in connection.execute(voted)}
     now = store.database.now(connection)
     rows = []
     for pair in pairs:
@@ -122,15 +159,22 @@ def _import(store: Store, connection: Connection, run_id: int, pairs: Sequence[G
         who = (pair.annotator, pair.simulated)
         if who not in annotators:
             annotators[who] = _annotator(connection, store, run_id, pair)
-        if (annotators[who], task.id) in known:
+        word = (annotators[who], task.id)
+        verdict = "first" if pair.chosen == task.first else "second"
+        before, is_new = said.setdefault(word, pair.where), word not in known
+        if known.setdefault(word, verdict) != verdict:
+            raise ValueError(
+                f"{pair.where} contradicts {'the store' if before == pair.where else before}, where {pair.annotator} "
+                'said something else of the same two answers: name each annotator in "annotator", or leave one out.'
+            )
+        if not is_new:
             continue
-        known.add((annotators[who], task.id))
         rows.append(
             {
                 "run_id": run_id,
                 "task_id": task.id,
                 "annotator_id": annotators[who],
-                "verdict": "first" if pair.chosen == task.first else "second",
+                "verdict": verdict,
                 "seconds": pair.seconds,
                 "note": pair.note,
                 "answered_at": now,
@@ -203,18 +247,15 @@ def _record(comparison: Comparison, form: str) -> dict[str, Any] | None:
     }
 
 
-def _write_lines(records: Iterable[dict[str, Any]], path: Path) -> int:
-    num = 0
+def _write_lines(records: Iterable[dict[str, Any]], path: Path) -> None:
     with path.open("w", encoding="ascii") as file:
         for record in records:
             file.write(json.dumps(record) + "\n")
-            num += 1
         file.flush()
         os.fsync(file.fileno())
-    return num
 
 
-def _write_dataset(records: Iterable[dict[str, Any]], path: Path) -> int:
+def _write_dataset(records: Iterable[dict[str, Any]], path: Path) -> None:
     import datasets
 
     rows = list(records)
@@ -225,4 +266,3 @@ def _write_dataset(records: Iterable[dict[str, Any]], path: Path) -> int:
     if rows:
         datasets.disable_progress_bars()
         datasets.Dataset.from_list(rows).save_to_disk(str(path))
-    return len(rows)

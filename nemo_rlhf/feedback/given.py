@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +45,7 @@ def read_pair(where: str, record: Any) -> GivenPair:
         if record.get(name) is None:
             raise ValueError(f'{where} has no field "{name}": a pair is {{"prompt", "chosen", "rejected"}}.')
     messages, chosen, rejected = _texts(where, record)
-    prompt = messages if isinstance(messages, str) else _as_text(messages)
+    prompt = messages if isinstance(messages, str) else as_text(messages)
     for name, text in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
         check_text(f"{where}: {name}", text, may_be_empty=name == "prompt")
     if chosen == rejected:
@@ -108,7 +109,7 @@ def _reply(where: str, name: str, value: Any) -> str:
     return messages[0]["content"]
 
 
-def _as_text(messages: list[dict[str, str]]) -> str:
+def as_text(messages: Sequence[Mapping[str, Any]]) -> str:
     """A chat as people read it: what a lone user says, or who says what."""
     if len(messages) == 1 and messages[0]["role"] == "user":
         return messages[0]["content"]

@@ -120,6 +120,7 @@ class RunInfo:
     guidelines: str
     answers_wanted: int  # by task
     undo_s: float
+    created_at: float  # seconds since 1970
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def check_task(task: NewTask) -> None:
     if len(task.answers) != 2 or not math.isfinite(task.priority):
         raise ValueError(f"{where} must have two answers and a finite priority.")
     try:
-        size = len(json.dumps(dict(task.metadata), allow_nan=False))
+        size = len(json.dumps(dict(task.metadata), allow_nan=False, ensure_ascii=False))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: its metadata is no JSON ({error}).") from None
     if size > MAX_TEXT:

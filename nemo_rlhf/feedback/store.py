@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, cast, delete, func, insert, select, update
+from sqlalchemy import Connection, cast, delete, exists, func, insert, or_, select, update
 from sqlalchemy import Integer as IntegerType
 from sqlalchemy.orm import aliased
 
@@ -95,7 +95,9 @@ class Store:
     def info(self, run_id: int) -> RunInfo:
         with self.database.read() as connection:
             row = connection.execute(
-                select(Run.id, Run.name, Run.guidelines, Run.answers_wanted, Run.undo_s).where(Run.id == run_id)
+                select(Run.id, Run.name, Run.guidelines, Run.answers_wanted, Run.undo_s, Run.created_at).where(
+                    Run.id == run_id
+                )
             ).one()
         return RunInfo(*row)
 
@@ -124,8 +126,19 @@ class Store:
                 )
             )
 
+    def may_grow(self, run_id: int) -> bool:
+        """Whether there may be more settled comparisons without more tasks: some wait for answers, or answers can still
+        be taken back."""
+        with self.database.read() as connection:
+            now = self.database.now(connection)
+            unsettled = exists().where(
+                ComparisonRow.run_id == run_id, ComparisonRow.verdict != "skip", ComparisonRow.settles_at > now
+            )
+            waiting = exists().where(Task.run_id == run_id, Task.is_open)
+            return bool(connection.scalar(select(or_(waiting, unsettled))))
+
     def comparisons(self, ids: Sequence[int]) -> list[Comparison]:
-        """These comparisons, in the order asked. Raises ValueError for an id that is none."""
+        """These comparisons, in the order asked, without those that are none (any more)."""
         found: dict[int, Comparison] = {}
         with self.database.read() as connection:
             for start in range(0, len(ids), _AT_ONCE):
@@ -133,9 +146,7 @@ class Store:
                     _whole_comparisons().where(ComparisonRow.id.in_(ids[start : start + _AT_ONCE]))
                 )
                 found |= {row.id: _comparison(row) for row in rows}
-        if missing := [one for one in ids if one not in found]:
-            raise ValueError(f"The store {self.database.shown_url} has no comparison {missing[0]}.")
-        return [found[one] for one in ids]
+        return [found[one] for one in ids if one in found]
 
     def comparison_ids(self, run_id: int) -> list[int]:
         """Ids of all comparisons as they stand now, ascending; skipped tasks are none."""

@@ -57,7 +57,7 @@ class Annotator(threading.Thread):
             if what < 0.85:
                 return
             self.write("undo", lease, done=False)
-            last, lease = lease, self.desk.undo()
+            last, (_, lease) = lease, self.desk.undo()
             self.write("undo", last, done=True)
 
     def write(self, what: str, lease: Lease, **more: Any) -> None:

@@ -87,10 +87,11 @@ def skip(request: Request, here: Here, account: SignedIn, token: Token) -> Redir
 
 @router.post("/undo", dependencies=[Depends(check_form)])
 def undo(request: Request, here: Here, account: SignedIn) -> RedirectResponse:
-    if _desk(here, account).undo() is None:
-        say(request, f"There is no answer of the last {here.run().undo_s:g} seconds to take back.", "problem")
-    else:
+    taken_back, _ = _desk(here, account).undo()
+    if taken_back:
         say(request, "Your last answer is taken back.")
+    else:
+        say(request, f"There is no answer of the last {here.run().undo_s:g} seconds to take back.", "problem")
     return to(".")
 
 
