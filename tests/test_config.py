@@ -241,6 +241,17 @@ VIOLATIONS = [
     (("model.optim.sched.min_lr=1",), "model.optim.sched.min_lr=1.0 is above the peak"),
     (("exp_manager.checkpoint_callback_params.monitor=reward",), "val/"),
     (("ppo.offload=[policy]",), "optimizer, critic, reference"),
+    (("ppo.keep_graph=true",), "ppo.minibatch_size=128 is more than the"),
+    (
+        (
+            "ppo.keep_graph=true",
+            "model.micro_batch_size=128",
+            "model.pipeline_model_parallel_size=2",
+            "trainer.devices=2",
+        ),
+        "model.pipeline_model_parallel_size=2 splits it",
+    ),
+    (("ppo.keep_graph=true", "model.micro_batch_size=128", "ppo.offload=[critic]"), "ppo.offload holds critic"),
     (("reward.function=rewards.py",), "package.module:name"),
     (("reward.function=a.b:c d",), "package.module:name"),
     (("generation.temperature=0",), "greedy"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from nemo_rlhf.convert.source import RandomSource
 from nemo_rlhf.parallel import logprobs as logprobs_module
 from nemo_rlhf.parallel import state
 from nemo_rlhf.parallel.attention import KVCache, SDPACoreAttention
+from nemo_rlhf.parallel.elementwise import rms_norm
 from nemo_rlhf.parallel.gpt import GPT, build_gpt
 from nemo_rlhf.parallel.logprobs import vocab_parallel_logprobs
 from nemo_rlhf.parallel.offload import Offload, Swap
@@ -345,6 +347,61 @@ def test_a_slot_forgets_who_held_it(model: GPT) -> None:
     slots.decode(6)
     got = torch.stack([slots.hidden[1, t] for t in range(8)])
     torch.testing.assert_close(got, whole_forward(model, tokens[1, :8]), rtol=1e-4, atol=2e-5)
+
+
+# ---- what the last layer leaves out
+
+
+def in_fp64(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x, weight = x.double(), weight.double()
+    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def test_rms_norm_and_its_gradients() -> None:
+    torch.manual_seed(3)
+    wide = torch.randn(5, 3, 4, 48)
+    for x in (wide[..., :16], torch.randn(7, 16) * 1e-4, torch.zeros(2, 16)):  # a part of each row, as of queries
+        x, weight, grad = x.detach().requires_grad_(), torch.randn(16).requires_grad_(), torch.randn(x.shape)
+        for eps in (1e-6, 1e-5):
+            got, expected = rms_norm(x, weight, eps), in_fp64(x, weight, eps)
+            torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
+            grads = torch.autograd.grad(got, (x, weight), grad)
+            slow = torch.autograd.grad(expected, (x, weight), grad.double())
+            for found, wanted in zip(grads, slow, strict=True):
+                torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+
+
+LAST_LAYERS = {
+    "llama": ARCHITECTURE,
+    "window": replace(ARCHITECTURE, sliding_window=4, windowed_layers=(0, 1)),
+    "learned positions": replace(
+        ARCHITECTURE, position_embedding="learned", rope=None, normalization="layernorm", num_query_groups=4
+    ),
+}
+
+
+@pytest.mark.parametrize("recompute", [None, "selective", "full"])
+@pytest.mark.parametrize("kind", LAST_LAYERS)
+def test_leaving_out_what_nobody_reads_changes_nothing(kind: str, recompute: Any) -> None:
+    torch.manual_seed(4)
+    model = build_gpt(LAST_LAYERS[kind], recompute=recompute)
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.2)
+    tokens = torch.randint(0, 131, (3, 12))
+    positions = torch.arange(12).expand(3, 12)
+    results = []
+    for first in (0, 7, 11):
+        model.zero_grad()
+        hidden = model(tokens, positions, first_needed=first)
+        assert hidden.shape == (12 - first, 3, 64)
+        hidden[7 - first if first <= 7 else 0 :].square().sum().backward()
+        results.append((hidden.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+    (whole, expected), (last, found), (one, _) = results
+    torch.testing.assert_close(last, whole[7:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(one, whole[11:], rtol=1e-5, atol=1e-5)
+    assert len(found) == len(expected) > 10
+    for got, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
 
 
 # ---- memory

@@ -97,6 +97,7 @@ def one_rank(tiny: Tiny, place: Path, two_ranks: list[dict[str, Any]]) -> list[d
         ),
         ppo("nan", CONSTANT, EVERY_STEP, BESIDE, nan_in_step=2),
         ppo("nan", CONSTANT, EVERY_STEP),
+        ppo("graph", "model.micro_batch_size=8", "ppo.keep_graph=true", "ppo.reference=swap"),
     ]
     return run(1, payload)
 
@@ -115,7 +116,7 @@ def assert_close(found: list[dict[str, Any]], expected: list[dict[str, Any]]) ->
 
 
 def test_metrics_are_those_that_the_configuration_asks_for(place: Path, one_rank: list[dict[str, Any]]) -> None:
-    assert [one["code"] for one in one_rank] == [0, 0, 0, 0, 0, 0, 75, 0, 0, 0, 75, 0, 0, 0, 2, 0]
+    assert [one["code"] for one in one_rank] == [0, 0, 0, 0, 0, 0, 75, 0, 0, 0, 75, 0, 0, 0, 2, 0, 0]
     rows = [json.loads(line) for line in (place / "tp1" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(7))
     sweep = {f"val/{name}@temperature={value}" for name in ("reward", "response_length") for value in ("0.9", "1.2")}
@@ -157,7 +158,7 @@ def test_metrics_are_those_that_the_configuration_asks_for(place: Path, one_rank
     assert rows[-1]["kl/mean"] != 0.0
 
 
-@pytest.mark.parametrize("cut", ["tp2", "dp2", "pp2", "tp2_pp2", "micro1", "micro4", "slots3", "swap"])
+@pytest.mark.parametrize("cut", ["tp2", "dp2", "pp2", "tp2_pp2", "micro1", "micro4", "slots3", "swap", "graph"])
 def test_every_cut_samples_and_learns_the_same(
     cut: str,
     place: Path,
@@ -173,7 +174,7 @@ def test_every_cut_samples_and_learns_the_same(
 
 
 @pytest.mark.parametrize(
-    "cut", ["tp1", "tp2", "dp2", "pp2", "tp2_pp2", "micro1", "micro4", "slots3", "swap", "offload"]
+    "cut", ["tp1", "tp2", "dp2", "pp2", "tp2_pp2", "micro1", "micro4", "slots3", "swap", "offload", "graph"]
 )
 def test_step_0_is_exact(
     cut: str,
@@ -228,6 +229,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(place: Path, o
     (warning,) = [line for line in one_rank[13]["stderr"].splitlines() if line.startswith("nemo-rlhf: warning")]
     assert "damaged/checkpoints/step_5 is damaged" in warning
     assert "policy/weights/__0_0.distcp" in warning and "The one before is used." in warning
+    stored = {path.name for path in (place / "damaged" / "checkpoints").iterdir()}
+    assert {"step_5.damaged", "step_5", "step_6"} <= stored, "what is damaged is not among the last two"
+    assert "step_5.damaged: delete it." in warning
     rows = metrics_of(place / "damaged")
     assert [row["step"] for row in rows] == list(range(7))
     assert rows[:6] == metrics_of(place / "kept"), "step 5 was done again, to the same bit"

@@ -136,6 +136,7 @@ class PPOAlgorithmConfig:
     critic_warmup_steps: int = 0  # first steps in which only the critic learns
     reference: str = "resident"  # the frozen policy: "resident" on the device | "swap"ped in from host memory
     offload: list[str] = field(default_factory=list)  # kept in host memory while idle: optimizer, critic, reference
+    keep_graph: bool = False  # the first minibatch learns from the forward pass of the evaluation
     show_samples_every: int = 10  # show a few samples on the terminal every this many steps; 0: never
     feedback: FeedbackConfig = field(default_factory=FeedbackConfig)
 

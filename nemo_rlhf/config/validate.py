@@ -37,7 +37,13 @@ from nemo_rlhf.config.server import check_server
 from nemo_rlhf.config.slurm import SlurmConfig, check_slurm
 from nemo_rlhf.config.sources import check_reward
 from nemo_rlhf.config.validate_people import FEEDBACK_RANGES, check_feedback
-from nemo_rlhf.config.validate_ppo import check_advantage, check_offload, check_truncation, check_unused
+from nemo_rlhf.config.validate_ppo import (
+    check_advantage,
+    check_keep_graph,
+    check_offload,
+    check_truncation,
+    check_unused,
+)
 from nemo_rlhf.config.validate_sampling import (
     check_rollout_temperature,
     check_sampling,
@@ -217,6 +223,7 @@ def validate(cfg: Config | PlanConfig | SlurmConfig) -> None:
         check_feedback(cfg, data_parallel_size(cfg))
         check_rollout_batch(cfg)
         check_offload(cfg)
+        check_keep_graph(cfg, data_parallel_size(cfg))
         check_advantage(cfg)
         check_truncation(cfg)
         check_unused(cfg)

@@ -56,6 +56,25 @@ def check_truncation(cfg: PPOConfig) -> None:
         )
 
 
+def check_keep_graph(cfg: PPOConfig, data_parallel_size: int) -> None:
+    """The graph of one microbatch is kept, and only where the whole model is."""
+    if not cfg.ppo.keep_graph:
+        return
+    model, samples = cfg.model, cfg.model.micro_batch_size * data_parallel_size
+    reason = ""
+    if model.pipeline_model_parallel_size > 1:
+        reason = f"model.pipeline_model_parallel_size={model.pipeline_model_parallel_size} splits it"
+    elif cfg.ppo.minibatch_size > samples:
+        reason = f"ppo.minibatch_size={cfg.ppo.minibatch_size} is more than the {samples} samples of one microbatch"
+    elif "critic" in cfg.ppo.offload:
+        reason = "ppo.offload holds critic"
+    if reason:
+        raise ValueError(
+            f"ppo.keep_graph=true keeps the forward pass of a minibatch from its evaluation until it is learned from, "
+            f"and {reason}: change the latter, or leave ppo.keep_graph out."
+        )
+
+
 def check_offload(cfg: PPOConfig) -> None:
     for name in cfg.ppo.offload:
         if name not in OFFLOADABLE:

@@ -221,11 +221,12 @@ class _Stage:
             cache.decode(positions[:, 0], max(row.length for row in work.rows) - 1)
         if not state.is_first_stage():
             self._model.set_input_tensor(self._receive(inputs.size(1), inputs.size(0)))
-        hidden = self._model(inputs, positions, inference_context=cache)
+        first_needed = min(len(row.new_ids) for row in work.rows) - 1 if work.prefill else 0
+        hidden = self._model(inputs, positions, inference_context=cache, first_needed=first_needed)
         if state.is_last_stage():
-            return self._announce(
-                self._draw(hidden[last, torch.arange(len(work.rows), device=self._device)], work).cpu()
-            )
+            last -= inputs.size(1) - hidden.size(0)  # of the places that the model answers for
+            drawn = self._draw(hidden[last, torch.arange(len(work.rows), device=self._device)], work)
+            return self._announce(drawn.cpu())
         self._send(hidden)
         return self._expect(len(work.rows))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,10 @@ class MegatronModel(ModelPT):
             share=(state.dp_rank(), state.dp_size()),
             multiple_of=state.tp_size() if self.gpt.config.sequence_parallel else 1,
         )
+
+    def with_graph(self, microbatch: schedule.Microbatch) -> schedule.Microbatch:
+        """With its hidden states: for ``forward`` now and for ``learn`` before the weights change, on one stage."""
+        return replace(microbatch, hidden=schedule.through(self.gpt, microbatch))
 
     def forward(  # type: ignore[override]
         self, microbatches: Sequence[schedule.Microbatch], compute: schedule.Compute, like: Tensor

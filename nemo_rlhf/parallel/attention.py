@@ -8,12 +8,13 @@ gives every row its own position, so that finished sequences are replaced one by
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
@@ -160,9 +161,14 @@ class CachedSelfAttention(SelfAttention):
     """megatron's self-attention, which keeps rotated keys in a ``KVCache`` instead of rotating all of them anew.
 
     Rotates queries and keys itself, in fewer passes; packed sequences are left to megatron, which knows their starts.
+
+    ``trims_queries``: with a mask (see ``later_queries``) it answers the queries of that mask only. That is for a
+    model's last layer, where nobody reads the rest; the other layers take no notice of such a mask.
     """
 
+    trims_queries = False
     _is_packed = False
+    _first_query = 0
 
     def __init__(
         self, config: TransformerConfig, submodules: Any, layer_number: int, *args: Any, **kwargs: Any
@@ -172,7 +178,12 @@ class CachedSelfAttention(SelfAttention):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._is_packed = kwargs.get("packed_seq_params") is not None
-        if isinstance(context := kwargs.get("inference_context"), KVCache):
+        self._first_query = 0
+        mask, kwargs["attention_mask"] = kwargs["attention_mask"], None
+        if self.trims_queries and mask is not None:
+            self._first_query = mask.size(3) - mask.size(2)
+            kwargs["attention_mask"] = within_window(mask, self.window)
+        elif isinstance(context := kwargs.get("inference_context"), KVCache):
             kwargs["attention_mask"] = context.mask(self.window)
         return super().forward(*args, **kwargs)
 
@@ -186,20 +197,24 @@ class CachedSelfAttention(SelfAttention):
         *args: Any,
         **kw: Any,
     ) -> Any:
-        if inference_context is None and rotary_pos_emb is not None and not self._is_packed:
-            cos, sin = _cos_sin(rotary_pos_emb[0], key.dtype)
-            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        query = query[self._first_query :]
+        if inference_context is None and not self._is_packed:
+            if rotary_pos_emb is not None:
+                query, key = self._rotate(query, key, *_cos_sin(rotary_pos_emb[0], key.dtype))
             return query, key, value, None, self.attn_mask_type, None
         if not isinstance(inference_context, KVCache):
             return super()._adjust_key_value_for_inference(
                 inference_context, query, key, value, rotary_pos_emb, *args, **kw
             )
         if rotary_pos_emb is not None:
-            cos, sin = inference_context.rotation(rotary_pos_emb[0], key.size(0), key.dtype)
-            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+            rotation = inference_context.rotation(rotary_pos_emb[0], key.size(0), key.dtype)
+            query, key = self._rotate(query, key, *rotation)
         key, value = inference_context.store(self, key, value)
         mask_type = AttnMaskType.no_mask if inference_context.is_decode_only() else AttnMaskType.causal
         return query, key, value, None, mask_type, None
+
+    def _rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return rotate(query, cos[self._first_query :], sin[self._first_query :]), rotate(key, cos, sin)
 
 
 def _cos_sin(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -233,10 +248,29 @@ def sdpa(
     return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
 
 
-def _outside_window(length: int, window: int, device: torch.device) -> Tensor:
-    """True [1, 1, S, S] where a key is not among the ``window`` tokens that end with the query."""
-    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
-    return ((distance < 0) | (distance >= window))[None, None]
+def later_queries(first: int, length: int, device: torch.device) -> Tensor:
+    """The causal mask of the places from ``first`` on: True [1, 1, S - first, S] where a key is hidden."""
+    places = torch.arange(length, device=device)
+    return (places > places[first:, None])[None, None]
+
+
+def within_window(masked: Tensor, window: int | None) -> Tensor:
+    """A causal mask [1, 1, queries, keys] whose last query sees the last key, with each seeing ``window`` tokens only,
+    itself included."""
+    if window is None or masked.size(3) <= window:
+        return masked
+    keys = torch.arange(masked.size(3), device=masked.device)
+    return masked | (keys <= keys[-masked.size(2) :, None] - window)
+
+
+def add_to_last_rows(training: bool, fused: bool) -> Callable[..., Tensor]:
+    """megatron's bias, dropout and residual behind an attention that may have answered the last places only."""
+    add = get_bias_dropout_add(training, fused)
+
+    def add_them(answer: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+        return add(answer, residual[-answer[0].size(0) :], dropout)
+
+    return add_them
 
 
 class SDPACoreAttention(MegatronModule):
@@ -279,7 +313,7 @@ class SDPACoreAttention(MegatronModule):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, masked: Tensor | None, causal: bool) -> Tensor:
         if causal and self.window is not None and query.size(0) > self.window:
-            masked, causal = _outside_window(query.size(0), self.window, query.device), False
+            masked, causal = within_window(later_queries(0, query.size(0), query.device), self.window), False
         dropout = self.dropout if self.training else 0.0
         if dropout and not self.config.sequence_parallel:  # each tensor-parallel rank drops in its own heads
             with get_cuda_rng_tracker().fork():

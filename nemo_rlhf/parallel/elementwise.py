@@ -20,27 +20,38 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def _silu(x: Tensor, out: Tensor) -> None:
+    torch.ops.aten.silu.out(x, out=out)
+
+
 def _silu_backward(grad: Tensor, x: Tensor, out: Tensor) -> None:
     torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=out)
+
+
+def _gelu_tanh(x: Tensor, out: Tensor) -> None:
+    torch.ops.aten.gelu.out(x, approximate="tanh", out=out)
 
 
 def _gelu_tanh_backward(grad: Tensor, x: Tensor, out: Tensor) -> None:
     torch.ops.aten.gelu_backward.grad_input(grad, x, approximate="tanh", grad_input=out)
 
 
-_Activation = Callable[[Tensor], Tensor]
+_Activation = Callable[[Tensor, Tensor], None]
 _Derivative = Callable[[Tensor, Tensor, Tensor], None]
 
 
 class _GatedUnit(torch.autograd.Function):
-    """``activation`` returns a new tensor; ``derivative(grad, x, out)`` writes the gradient of its argument."""
+    """``activation(x, out)`` and ``derivative(grad, x, out)``, the gradient of its argument, write into ``out``, which
+    may be ``grad``: everything happens in the tensor that is returned."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, activation: _Activation, derivative: _Derivative) -> Tensor:
         ctx.save_for_backward(x)
         ctx.functions = activation, derivative
         gate, up = x.chunk(2, dim=-1)
-        return activation(gate).mul_(up)
+        result = torch.empty(gate.shape, dtype=x.dtype, device=x.device)
+        activation(gate, result)
+        return result.mul_(up)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
@@ -49,8 +60,10 @@ class _GatedUnit(torch.autograd.Function):
         gate, up = x.chunk(2, dim=-1)
         result = torch.empty_like(x)
         grad_gate, grad_up = result.chunk(2, dim=-1)
-        derivative(grad * up, gate, grad_gate)
-        torch.mul(activation(gate), grad, out=grad_up)
+        torch.mul(grad, up, out=grad_gate)
+        derivative(grad_gate, gate, grad_gate)
+        activation(gate, grad_up)
+        grad_up.mul_(grad)
         return result, None, None
 
 
@@ -58,14 +71,14 @@ class SwiGLU(MegatronModule):
     """``silu(gate) * up`` of [..., 2 * width], gate first (Shazeer 2020); an activation module for megatron's MLP."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _GatedUnit.apply(x, F.silu, _silu_backward)
+        return _GatedUnit.apply(x, _silu, _silu_backward)
 
 
 class GeGLU(MegatronModule):
     """``gelu_tanh(gate) * up`` of [..., 2 * width], gate first (Shazeer 2020)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _GatedUnit.apply(x, gelu_tanh, _gelu_tanh_backward)
+        return _GatedUnit.apply(x, _gelu_tanh, _gelu_tanh_backward)
 
 
 class GELU(MegatronModule):
@@ -73,6 +86,32 @@ class GELU(MegatronModule):
 
     def forward(self, x: Tensor) -> Tensor:
         return gelu_tanh(x)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        size = x.size(-1)
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(size).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        x, weight, scale = ctx.saved_tensors
+        size = x.size(-1)
+        product = (grad * x).reshape(-1, size)
+        grad_weight = scale.reshape(-1) @ product
+        along = (product @ weight).view(scale.shape)  # of the gradient, along x
+        grad_x = (grad * weight).mul_(scale)
+        return grad_x.addcmul_(x, along.mul_(scale.pow(3)), value=-1 / size), grad_weight, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm (Zhang and Sennrich 2019) of [..., H]; CUDA has a kernel for it."""
+    if x.is_cuda or x.dtype != torch.float32:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return _RMSNorm.apply(x, weight, eps)
 
 
 class _Rotate(torch.autograd.Function):
@@ -89,10 +128,10 @@ class _Rotate(torch.autograd.Function):
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
-    result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    result = x * torch.cat([cos, cos], dim=-1)
     left, right = result.chunk(2, dim=-1)
-    torch.mul(first, cos, out=left).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=right).addcmul_(first, sin)
+    left.addcmul_(second, sin, value=-1)
+    right.addcmul_(first, sin)
     return result
 
 

@@ -27,10 +27,10 @@ from torch import Tensor
 from nemo_rlhf import device
 from nemo_rlhf.config.architecture import Architecture
 from nemo_rlhf.parallel import state
-from nemo_rlhf.parallel.attention import KVCache
+from nemo_rlhf.parallel.attention import KVCache, later_queries
 from nemo_rlhf.parallel.experts import check_policy, mark_experts
 from nemo_rlhf.parallel.heads import ILQLHeads, ILQLScores
-from nemo_rlhf.parallel.layers import block_spec
+from nemo_rlhf.parallel.layers import block_spec, uses_transformer_engine
 from nemo_rlhf.parallel.logprobs import vocab_parallel_logprobs
 from nemo_rlhf.parallel.settings import Recompute, rotary_frequencies, transformer_config
 
@@ -57,7 +57,8 @@ class ValueHead(torch.nn.Module):
 
 
 class GPT(GPTModel):
-    """megatron's GPTModel over this rank's layers; ``forward`` returns hidden states [S, B, H] on every stage.
+    """megatron's GPTModel over this rank's layers; ``forward`` returns hidden states [S, B, H] on every stage, and from
+    the last one those of the last places [S - first_needed, B, H] alone, where it may leave out the others.
 
     ``value_trunk``: a second one without output layer, beside the first in an ILQL model whose heads do not stand on
     the policy's trunk (Snell et al. 2022). Its hidden states travel with the policy's, as [S, B, 2H].
@@ -88,6 +89,8 @@ class GPT(GPTModel):
             self.forget_rotary_angles()
         elif self.pre_process:
             self.embedding.position_embeddings.to(config.params_dtype)  # megatron makes it fp32
+        if self.post_process and not config.sequence_parallel and not uses_transformer_engine():
+            self.decoder.layers[-1].self_attention.trims_queries = True
         if role in _WITHOUT_OUTPUT and self.post_process:
             self.output_layer = None
         if role == "critic" and self.post_process:
@@ -104,8 +107,11 @@ class GPT(GPTModel):
         attention_mask: Tensor | None = None,
         inference_context: KVCache | None = None,
         packed_seq_params: Any = None,
+        first_needed: int = 0,
     ) -> Tensor:
         how = {"inference_context": inference_context, "packed_seq_params": packed_seq_params}
+        if first_needed and attention_mask is None:
+            attention_mask = later_queries(first_needed, input_ids.size(1), input_ids.device)
         hidden = super().forward(input_ids, position_ids, attention_mask, **how)
         if self.value_trunk is None:
             return hidden
@@ -237,9 +243,7 @@ class GPT(GPTModel):
 
     def scores(self, hidden: Tensor, tokens: Tensor, selected: Tensor) -> Tensor:
         """Values [N] fp32 of the states that the selected tokens lead to: of whole texts, where they are the last."""
-        batch, length = tokens.shape
-        rows = self._gathered(hidden).reshape(-1, hidden.size(-1))
-        return self.value_head(rows[selected % length * batch + selected // length])
+        return self.value_head(_at(self._gathered(hidden), tokens, selected, 0))
 
     def ilql_scores(self, hidden: Tensor, tokens: Tensor, selected: Tensor, detach: bool) -> ILQLScores:
         """What ILQL's loss needs of the selected tokens; arguments as of ``vocab_logprobs``. ``detach``: what the heads
@@ -259,9 +263,14 @@ class GPT(GPTModel):
 
 def _before(hidden: Tensor, tokens: Tensor, selected: Tensor) -> Tensor:
     """Rows [N, H] of hidden [S, B, H] that predict the selected tokens: those one place earlier."""
+    return _at(hidden, tokens, selected, -1)
+
+
+def _at(hidden: Tensor, tokens: Tensor, selected: Tensor, offset: int) -> Tensor:
+    """Rows [N, H] of hidden [S, B, H], or of the last of its places, that are ``offset`` after the selected tokens."""
     batch, length = tokens.shape
-    row, place = selected // length, selected % length
-    return hidden.reshape(-1, hidden.size(-1))[(place - 1) * batch + row]
+    row, place = selected // length, selected % length + offset - (length - hidden.size(0))
+    return hidden.reshape(-1, hidden.size(-1))[place * batch + row]
 
 
 def build_gpt(

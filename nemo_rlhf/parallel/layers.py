@@ -19,8 +19,8 @@ from torch import Tensor
 
 from nemo_rlhf import device
 from nemo_rlhf.config.architecture import Architecture
-from nemo_rlhf.parallel.attention import CachedSelfAttention, SDPACoreAttention, sdpa
-from nemo_rlhf.parallel.elementwise import GELU, GeGLU, SwiGLU
+from nemo_rlhf.parallel.attention import CachedSelfAttention, SDPACoreAttention, add_to_last_rows, sdpa
+from nemo_rlhf.parallel.elementwise import GELU, GeGLU, SwiGLU, rms_norm
 from nemo_rlhf.parallel.experts import layer_specs
 
 
@@ -35,15 +35,15 @@ class RMSNorm(torch.nn.Module):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()
-        self.eps, self.shape = eps, (hidden_size,)
+        self.eps = eps
         self.zero_centered = config.layernorm_zero_centered_gamma
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.zero_centered:
-            return F.rms_norm(x.float(), self.shape, 1.0 + self.weight.float(), self.eps).to(x.dtype)
-        return F.rms_norm(x, self.shape, self.weight, self.eps)
+            return rms_norm(x.float(), 1.0 + self.weight.float(), self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class LayerNorm(torch.nn.Module):
@@ -72,6 +72,7 @@ def _local_block(config: TransformerConfig, architecture: Architecture) -> Trans
     parts.input_layernorm = parts.pre_mlp_layernorm = norm
     parts.self_attention.module = CachedSelfAttention
     parts.self_attention.submodules.core_attention = SDPACoreAttention
+    parts.self_attn_bda = add_to_last_rows
     if architecture.qk_norm:
         parts.self_attention.submodules.q_layernorm = parts.self_attention.submodules.k_layernorm = norm
     parts.mlp.submodules.activation_func = _ACTIVATIONS[architecture.activation, architecture.gated]

@@ -79,7 +79,9 @@ class _VocabParallelScores(torch.autograd.Function):
             if grad_taken is not None:
                 grad = torch.where(mine[part, None], grad_taken[part, None], 0.0)
                 grad_logits.scatter_add_(-1, local[part, None], grad)
-            scaled = grad_logits.div_(ctx.temperature).to(hidden.dtype)
+            if ctx.temperature != 1.0:
+                grad_logits.div_(ctx.temperature)
+            scaled = grad_logits.to(hidden.dtype)
             grad_hidden[part] = scaled @ weight
             if grad_weight is not None:
                 grad_weight += scaled.t() @ hidden[part]
@@ -87,7 +89,8 @@ class _VocabParallelScores(torch.autograd.Function):
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    return (hidden @ weight.t()).float().div_(temperature)
+    logits = (hidden @ weight.t()).float()
+    return logits if temperature == 1.0 else logits.div_(temperature)
 
 
 def vocab_parallel_logprobs(

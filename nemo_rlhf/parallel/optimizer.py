@@ -178,6 +178,7 @@ class ModelOptimizer:
         for part in self.optimizer.chained_optimizers:
             if not part.is_stub_optimizer:
                 _mend_order(part)
+        self._choose_kernel()
         warmup = config.sched.warmup_steps
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
@@ -196,6 +197,13 @@ class ModelOptimizer:
         self._num_states = 0
         self.last_lr = 0.0  # that of the last update
         self.scheduler.step(1)  # step n runs at the rate of n, so a warm-up does not begin with a step of rate 0
+
+    def _choose_kernel(self) -> None:
+        """On a CPU torch's AdamW may go through memory once; a checkpoint brings along what another device chose."""
+        for part in self.optimizer.chained_optimizers:
+            if not part.is_stub_optimizer and isinstance(part.optimizer, torch.optim.AdamW):
+                for group in part.optimizer.param_groups:
+                    group["fused"] = None if device.is_cuda() else True
 
     def zero_grad(self) -> None:
         self.ddp.zero_grad_buffer()
@@ -227,6 +235,7 @@ class ModelOptimizer:
     def load_state_dict(self, loaded: dict[str, Any]) -> None:
         assert not self.is_offloaded
         self.optimizer.load_state_dict(loaded)
+        self._choose_kernel()
         self._offload = None  # the moments are other tensors now
 
     def weights(self) -> list[torch.Tensor]:

@@ -27,7 +27,9 @@ class Microbatch:
 
     ``tokens`` [b, s]; ``selected`` [N] indices into ``tokens`` of the tokens under the mask; ``fields`` [N] each, what
     the batch says of those tokens; ``places`` [N] (host) their indices in the whole batch [B, S]; ``bounds`` says where
-    the texts of a single row begin and end (see ``packing.join_row``), None where a row is a text.
+    the texts of a single row begin and end (see ``packing.join_row``), None where a row is a text; ``first_needed`` is
+    the first place whose hidden states a head reads; ``hidden`` are those states with their graph, where they were
+    computed before.
     """
 
     tokens: Tensor
@@ -35,6 +37,8 @@ class Microbatch:
     fields: Mapping[str, Tensor]
     places: Tensor
     bounds: Tensor | None = None
+    first_needed: int = 0
+    hidden: Tensor | None = None
 
 
 Loss = Callable[[GPT, Tensor, Microbatch], tuple[Tensor, dict[str, Tensor]]]
@@ -74,6 +78,7 @@ def cut(
                 selected=(row * length + place).to(to),
                 fields={name: field.reshape(-1)[places].to(to) for name, field in (fields or {}).items()},
                 places=places,
+                first_needed=max(0, int(place.min()) - 1) if len(place) else 0,
             )
         )
     return microbatches
@@ -109,12 +114,16 @@ def _columns(matrix: Tensor, length: int) -> Tensor:
     return torch.nn.functional.pad(matrix[:, :length], (0, max(0, length - matrix.size(1))))
 
 
-def _through(model: Any, microbatch: Microbatch) -> Tensor:
+def through(model: Any, microbatch: Microbatch) -> Tensor:
+    """Hidden states of a microbatch [S, B, H]; on the last stage, of the places that are needed."""
+    if microbatch.hidden is not None:
+        return microbatch.hidden
     if microbatch.bounds is not None:
         packing = packed_sequences(microbatch.bounds)
         return model(microbatch.tokens, positions_of(microbatch.bounds), packed_seq_params=packing)
     positions = torch.arange(microbatch.tokens.size(1), device=microbatch.tokens.device)
-    return model(microbatch.tokens, positions[None].expand_as(microbatch.tokens))
+    positions = positions[None].expand_as(microbatch.tokens)
+    return model(microbatch.tokens, positions, first_needed=microbatch.first_needed)
 
 
 def _run(model: Any, microbatches: Sequence[Microbatch], loss: Loss, forward_only: bool) -> list[dict[str, Tensor]]:
@@ -122,7 +131,7 @@ def _run(model: Any, microbatches: Sequence[Microbatch], loss: Loss, forward_onl
 
     def forward_step(iterator: Any, wrapped: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
         microbatch = next(iterator)
-        hidden = _through(wrapped, microbatch)
+        hidden = through(wrapped, microbatch)
         return hidden, lambda output: loss(gpt, output, microbatch)
 
     return get_forward_backward_func()(

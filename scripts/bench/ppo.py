@@ -105,6 +105,7 @@ def run_nemo_rlhf(model: Path, iterations: int) -> dict[str, Any]:
             f"ppo.num_prompts={NUM_PROMPTS}",
             "ppo.samples_per_prompt=1",
             f"ppo.epochs={EPOCHS}",
+            "ppo.keep_graph=true",
             f"generation.max_new_tokens={RESPONSE_LENGTH}",
             f"generation.num_slots={NUM_PROMPTS}",
             "generation.ignore_eos=true",

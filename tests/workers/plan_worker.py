@@ -137,7 +137,7 @@ def _batch(model: MegatronModel) -> list[Microbatch]:
     rows = ROWS * MICROBATCHES * state.dp_size()
     tokens = torch.randint(0, model.architecture.vocab_size, (rows, LENGTH))
     mask = torch.zeros(rows, LENGTH, dtype=torch.bool)
-    mask[:, -RESPONSE:] = True
+    mask[:, 1 : 1 + RESPONSE] = True  # the shortest prompt there is: no layer leaves out anything
     return model.cut(tokens, mask, torch.full((rows,), LENGTH), range(rows))
 
 
