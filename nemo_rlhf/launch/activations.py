@@ -2,8 +2,8 @@
 
 Counted tensor by tensor from the code that makes them (``parallel.layers``, ``parallel.attention``,
 ``parallel.elementwise``, ``parallel.logprobs``, ``generation``), as autograd keeps them with CUDA's fused attention and
-norms. Tests compare with the tensors that are really kept. That the last layer need not answer for prompts (without
-Transformer Engine) is left out, as one short prompt in a microbatch undoes it.
+norms. Tests compare with the tensors that are really kept. That the last layer need not answer for prompts (on a CPU)
+is left out, as one short prompt in a microbatch undoes it.
 """
 
 from __future__ import annotations

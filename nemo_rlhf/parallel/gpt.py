@@ -30,7 +30,7 @@ from nemo_rlhf.parallel import state
 from nemo_rlhf.parallel.attention import KVCache, later_queries
 from nemo_rlhf.parallel.experts import check_policy, mark_experts
 from nemo_rlhf.parallel.heads import ILQLHeads, ILQLScores
-from nemo_rlhf.parallel.layers import block_spec, uses_transformer_engine
+from nemo_rlhf.parallel.layers import block_spec
 from nemo_rlhf.parallel.logprobs import vocab_parallel_logprobs
 from nemo_rlhf.parallel.settings import Recompute, rotary_frequencies, transformer_config
 
@@ -89,7 +89,9 @@ class GPT(GPTModel):
             self.forget_rotary_angles()
         elif self.pre_process:
             self.embedding.position_embeddings.to(config.params_dtype)  # megatron makes it fp32
-        if self.post_process and not config.sequence_parallel and not uses_transformer_engine():
+        # on CUDA the mask would cost flash attention
+        self._trims = self.post_process and not config.sequence_parallel and not device.is_cuda()
+        if self._trims:
             self.decoder.layers[-1].self_attention.trims_queries = True
         if role in _WITHOUT_OUTPUT and self.post_process:
             self.output_layer = None
@@ -110,7 +112,7 @@ class GPT(GPTModel):
         first_needed: int = 0,
     ) -> Tensor:
         how = {"inference_context": inference_context, "packed_seq_params": packed_seq_params}
-        if first_needed and attention_mask is None:
+        if first_needed and self._trims:
             attention_mask = later_queries(first_needed, input_ids.size(1), input_ids.device)
         hidden = super().forward(input_ids, position_ids, attention_mask, **how)
         if self.value_trunk is None:
