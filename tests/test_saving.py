@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
+from nemo_rlhf.parallel import checkpoint
 from tests.spawn import DistributedFailure, run_distributed
 
 
@@ -74,3 +77,35 @@ def test_a_killed_run_leaves_no_checkpoint_and_no_writer(place: Path) -> None:
     (place / "never").touch()  # what writers that live on would wait for
     time.sleep(0.3)
     assert list((place / "killed.partial").rglob("*.distcp")) == []
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        dist.DistNetworkError("failed to recv, got 0 bytes"),
+        RuntimeError("[gloo/transport/tcp/pair.cc:544] Connection closed by peer"),
+    ],
+)
+def test_a_lost_connection_is_no_failure_to_write(
+    lost: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = dist.HashStore()
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(checkpoint, "_turns", itertools.count())
+
+    def lose() -> None:
+        raise lost
+
+    def save() -> None:
+        with checkpoint.told_as_save_error(tmp_path / "step_1"):
+            checkpoint.together(lose, tmp_path)
+
+    with pytest.raises(type(lost)) as told:
+        save()
+    assert told.value is lost
+    store.set(
+        "nemo_rlhf/together/1", "rank 1: No space left on device"
+    )  # and then it ended, and with it the connection
+    with pytest.raises(checkpoint.SaveError, match="rank 1: No space left on device"):
+        save()

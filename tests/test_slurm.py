@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
+import torch.distributed as dist
 
-from nemo_rlhf.cli import main
+from nemo_rlhf.cli import main, preflight
 from nemo_rlhf.config import load
 from nemo_rlhf.launch.slurm import Job, render
 from tests.jobs import FROM_OUTSIDE, ROOT
-from tests.slurm import Cluster, Jobs, cluster, why_not
+from tests.slurm import Cluster, Jobs, cluster, program_of, why_not
 
 pytestmark = pytest.mark.usefixtures("outside_of_any_job")
 
@@ -96,7 +103,9 @@ def test_nodes_and_gpus_have_one_source(capsys: pytest.CaptureFixture[str]) -> N
         assert "trainer.num_nodes and trainer.devices" in refused(capsys, *PPO, key)
     for option in ("--nodes=2", "-N2", "--gpus-per-node=4", "--gres=gpu:2"):
         assert "trainer.num_nodes and trainer.devices" in refused(capsys, *PPO, f"slurm.options=['{option}']")
-    assert directives(script(capsys, *PPO, "slurm.options=['--constraint=ib']"))["constraint"] == "ib"
+    for option in ("--mem-bind=local", "--time-min=60", "--gres-flags=enforce-binding", "--dependency=singleton"):
+        name, _, value = option.removeprefix("--").partition("=")
+        assert directives(script(capsys, *PPO, f"slurm.options=['{option}']"))[name] == value
 
 
 def test_a_job_of_cpus_asks_for_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,9 +118,14 @@ def test_a_job_of_cpus_asks_for_no_gpu(capsys: pytest.CaptureFixture[str]) -> No
     [
         (["slurm.tine=1"], "slurm.time"),
         (["slurm.time=soon"], "04:00:00"),
+        (["slurm.time=5"], "slurm.signal_s=300 leaves nothing of slurm.time=5, which is 300 s"),
+        (["slurm.time=1-1", "slurm.signal_s=90000"], "which is 90000 s"),
         (["slurm.signal_s=0"], "1 or more"),
         (["slurm.cpus_per_task=0"], "1 or more"),
         (["slurm.account='a b'"], "slurm.account='a b'"),
+        (["slurm.job_name=a/b"], "leave out the /"),
+        (["slurm.job_name='a%jb'"], "slurm.job_name='a%jb'"),
+        (["slurm.log_dir=logs/%u"], "slurm.log_dir='logs/%u'"),
         (["slurm.container.runtime=docker"], "pyxis, apptainer"),
         (["slurm.container.image=/a.sif"], "set both or neither"),
         (["slurm.container.mounts=['/a:/b']"], "slurm.container.runtime"),
@@ -121,6 +135,7 @@ def test_a_job_of_cpus_asks_for_no_gpu(capsys: pytest.CaptureFixture[str]) -> No
         (["ppo.lamb=1"], "ppo.lam"),
         (["--cluster", "nowhere"], "no configuration file nowhere"),
         (["--after", "x"], "--after=x"),
+        (["--after", "7", "slurm.options=['--dependency=singleton']"], "exclude each other"),
         (["--out", "/nowhere/job.sh"], "create it first"),
         (["--submit", "--test-only"], "not allowed with"),
     ],
@@ -140,6 +155,20 @@ def test_without_slurm_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatc
         assert "no sbatch on this machine" in refused(capsys, *PPO, option)
 
 
+def test_sbatch_may_say_more_than_the_number(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    said, sbatch = ["echo 'Welcome.'", "echo 'sbatch: 3 GPU hours are left' >&2", "echo '12;site'"], tmp_path / "sbatch"
+    for lines, code in ((said, 0), (said[:2], 2)):
+        sbatch.write_text("\n".join(["#!/bin/sh", "cat >/dev/null", *lines, ""]))
+        sbatch.chmod(0o755)
+        assert main(["slurm", *PPO, f"slurm.log_dir={tmp_path}", "--submit"]) == code
+        out, err = capsys.readouterr()
+        assert "3 GPU hours are left" in err and out == ("12\n" if code == 0 else "")
+    assert "sbatch gave no job number but 'Welcome." in err
+
+
 def test_shipped_scripts_are_what_the_command_writes(tmp_path: Path) -> None:
     shipped = ROOT / "scripts" / "slurm"
     subprocess.run([shipped / "render.sh", "cluster/pyxis", tmp_path], env=with_program(), check=True)
@@ -153,7 +182,8 @@ def test_shipped_scripts_are_what_the_command_writes(tmp_path: Path) -> None:
 def check_nodes(tmp_path: Path, *of_nodes: dict[str, str], absent: int = 0) -> tuple[int, str]:
     """Exit code and words of the pre-flight step with a process on each node, ``of_nodes`` being what differs there."""
     names = [f"n{index + 1}" for index in range(len(of_nodes) + absent)]
-    command = [sys.executable, "-m", "nemo_rlhf.cli.preflight", f"--reads={ROOT}", f"--writes={tmp_path}"]
+    program = Path(sys.executable).parent / "nemo-rlhf"
+    command = [str(program), "preflight", f"--reads={ROOT}", f"--writes={tmp_path}"]
     command += ["--timeout-s=8", "--nodes", *names]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -187,6 +217,56 @@ def test_the_bad_node_is_named_before_anything_starts(tmp_path: Path) -> None:
     assert re.fullmatch(r"pre-flight: n2 has nemo_rlhf [\d.]+ \(\w+\), .*, but n1 has nemo_rlhf .*\.\n", said), said
 
 
+class Nodes(preflight._Reduction):
+    """All on one host, and each fails in the all-reduce when it is told to."""
+
+    def __init__(self, store: dist.Store, rank: int, fails_after_s: dict[int, float]) -> None:
+        super().__init__(store, rank, len(fails_after_s), on_gpus=False)
+        self._fails_after_s = fails_after_s[rank]
+
+    def _everybody(self) -> None:
+        time.sleep(self._fails_after_s)
+        raise RuntimeError(f"rank {self._rank} is cut off")
+
+    def _pair(self, node: str, place: int) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("fails_after_s", "said"),
+    [
+        ({0: 9.0, 1: 9.0, 2: 0.0}, "the all-reduce of all failed on n3 (rank 2 is cut off)"),
+        (
+            {0: 0.5, 1: 0.0, 2: 0.5},
+            "the all-reduce of all failed on every node, and no single one was found to be at fault: each reaches n1 "
+            "over its host's network (heard first, from n2: rank 1 is cut off)",
+        ),
+    ],
+)
+def test_no_node_is_named_where_all_fail(
+    fails_after_s: dict[int, float], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "WORDS_S", 1.0)
+    store, names = dist.HashStore(), ["n1", "n2", "n3"]
+    for rank in (1, 2):
+        node = Nodes(store, rank, fails_after_s)
+        threading.Thread(target=node.follow, args=(names[rank], 0), daemon=True).start()
+    assert Nodes(store, 0, fails_after_s).lead([{"node": name} for name in names]) == [said]
+    store.set("verdict", "bad")
+
+
+def test_a_node_whose_mount_is_broken_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(path: str, *more: Any, **named: Any) -> NoReturn:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
+
+    options = Namespace(reads="x" * 300, writes=str(tmp_path), min_free_gib=0.0, gpus=0)
+    assert preflight._problem("n1", 0, options) == f"does not see {options.reads} (File name too long)"
+    options.reads = str(tmp_path)
+    assert preflight._problem("n1", 0, options) is None
+    monkeypatch.setattr(shutil, "disk_usage", broken)
+    assert preflight._problem("n1", 0, options) == f"cannot write to {tmp_path} (Stale file handle)"
+
+
 def with_program() -> dict[str, str]:
     """An environment in which ``nemo-rlhf`` is this checkout's."""
     return {
@@ -218,6 +298,11 @@ def test_slurm_accepts_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
 # What the program does, told by the name of the job and the number of the attempt.
 STUB = """#!/bin/bash
 attempt=${SLURM_RESTART_COUNT:-0}
+case $1.$SLURM_JOB_NAME.$attempt in
+preflight.early.0) touch early.preflight; exec sleep 600 ;;
+preflight.early.1) exit 0 ;;
+preflight.*) exec REAL "$@" ;;
+esac
 checkpoint() { mkdir -p "$SLURM_JOB_NAME/checkpoints/step_$((attempt + 1))"; }
 case $SLURM_JOB_NAME in
 vain) echo "attempt $attempt is in vain"; ((attempt)) && exit 69; kill -KILL $$ ;;
@@ -227,9 +312,21 @@ cancelled) trap 'checkpoint; exit 75' TERM ;;
 esac
 touch "$SLURM_JOB_NAME.$attempt"
 case $SLURM_JOB_NAME.$attempt in
-unhurried.2) exit 0 ;;
+unhurried.2 | early.1) exit 0 ;;
 esac
-sleep 600 & wait
+while :; do /bin/sleep 0.2; done # bash may sleep through a signal that comes just before it waits
+"""
+# SLURM's controller is away when a job turns to it for the first time; what waits for it has little time here.
+AWAY = """#!/bin/bash
+away=REAL.$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+if [[ $1 != show ]] && mkdir "${away##*/}" 2>/dev/null; then
+    echo "Unable to contact slurm controller" >&2
+    exit 1
+fi
+exec REAL "$@"
+"""
+NAP = """#!/bin/bash
+[[ $1 == 30 ]] || exec REAL "$@"
 """
 
 
@@ -239,8 +336,12 @@ def test_what_becomes_of_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """With a program that only ends, in every way there is."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "nemo-rlhf").write_text(STUB)
-    (tmp_path / "bin" / "nemo-rlhf").chmod(0o755)
+    real = with_program()["PATH"]
+    for name, text in (("nemo-rlhf", STUB), ("squeue", AWAY), ("scontrol", AWAY), ("sleep", NAP)):
+        (tmp_path / "bin" / name).write_text(text.replace("REAL", str(shutil.which(name, path=real))))
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "nemo_rlhf").mkdir()  # a checkout that the job does not run
+    (tmp_path / "nemo_rlhf" / "__init__.py").write_text("raise SystemExit('not this one')\n")
     jobs = Jobs(tmp_path)
 
     def submit(name: str, *words: str) -> str:
@@ -249,15 +350,19 @@ def test_what_becomes_of_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     unhurried = submit("unhurried")
     cancelled, vain = submit("cancelled"), submit("vain")
-    wrong = submit("wrong", "trainer.devices=2")
-    unseen = submit("unseen", "model.restore_from=/nowhere/model")
+    wrong = submit("wrong", "trainer.devices=2", "slurm.options=['--export=NONE']")
+    early = submit("early")
+    unseen = submit("unseen", "model.restore_from=/nowhere/model", "trainer.num_nodes=2")
 
     # stopped twice and each time further than before: back into the queue more often than max_requeues
     jobs.wait_until((tmp_path / "unhurried.0").exists)
-    subprocess.run(["scancel", "--signal=USR1", unhurried], check=True)
+    program_of(unhurried, 0).parents()[1].send_signal(signal.SIGUSR1)  # all that proctrack/cgroup would signal
     jobs.wait_until((tmp_path / "cancelled.0").exists)
     subprocess.run(["scancel", cancelled], check=True)
     assert jobs.finished(cancelled) == "CANCELLED" and "back into" not in jobs.log("cancelled", cancelled)
+
+    jobs.wait_until((tmp_path / "early.preflight").exists)
+    subprocess.run(["scancel", "--signal=USR1", early], check=True)
 
     assert jobs.finished(vain) == "FAILED"
     log = jobs.log("vain", vain)
@@ -274,7 +379,15 @@ def test_what_becomes_of_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert log.count("nemo-rlhf: error (rank 1): no such file.") == 1
 
     assert jobs.finished(unseen) == "FAILED"
-    assert re.search(r"^pre-flight: n\d does not see /nowhere/model\.$", jobs.log("unseen", unseen), re.MULTILINE)
+    log = jobs.log("unseen", unseen)
+    assert re.search(r"^pre-flight: n2 does not see /nowhere/model \(No such file or directory\)\.$", log, re.MULTILINE)
+    assert "nothing was started" in log and "back into the queue" not in log
+
+    assert jobs.finished(early) == "COMPLETED"
+    log = jobs.log("early", early)
+    assert "a signal ended the pre-flight step" in log and "exit code 75 after no checkpoint; back into" in log
+    for name in ("squeue", "scontrol"):
+        assert log.count(f"Unable to contact slurm controller\nnemo-rlhf slurm: {name} failed, try 1 of 10.") == 1
 
     jobs.wait_until((tmp_path / "unhurried.1").exists)
     jobs.preempt()
@@ -284,7 +397,7 @@ def test_what_becomes_of_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert f"exit code {code} after unhurried/checkpoints/step_{step}; back into the queue." in log
     assert log.endswith("ended with exit code 0 after unhurried/checkpoints/step_2.\n")
     attempt = tmp_path / "logs" / f"unhurried-{unhurried}" / "attempt_2"
-    assert {path.name for path in attempt.iterdir()} == {"rank_0.log", "rank_0.code"}
+    assert {path.name for path in attempt.iterdir()} == {"preflight", "rank_0.log", "rank_0.code"}
     assert not list((tmp_path / "unhurried").glob(".preflight*"))
 
 
@@ -296,10 +409,11 @@ def test_a_chain_waits_for_each_of_its_jobs(tmp_path: Path) -> None:
     done = subprocess.run([*chain, *ours], env=with_program(), capture_output=True, text=True, check=True)
     numbers = dict(re.findall(r"(\w+) (\d+)", done.stdout))
     assert list(numbers) == ["convert", "sft", "reward", "ppo"]
-    queue = ["squeue", "-h", "-o", "%A %j %D %E", "-j", ",".join(numbers.values())]
+    queue = ["squeue", "-h", "-o", "%A %j %D %l %E", "-j", ",".join(numbers.values())]
     shown = subprocess.run(queue, capture_output=True, text=True, check=True).stdout.splitlines()
-    jobs = [line.split(maxsplit=3) for line in sorted(shown)]
-    assert [(name, nodes) for _, name, nodes, _ in jobs] == [
+    jobs = [line.split(maxsplit=4) for line in sorted(shown)]
+    assert {limit for *_, limit, _ in jobs} == {"8:00:00"}
+    assert [(name, nodes) for _, name, nodes, *_ in jobs] == [
         ("convert_70b", "1"), ("sft_70b", "4"), ("reward_70b", "4"), ("ppo_70b", "8")
     ]  # fmt: skip
     waits_for = [re.findall(r"afterok:(\d+)", after) for *_, after in jobs]

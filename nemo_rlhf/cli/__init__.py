@@ -72,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
+    if arguments[:1] == ["preflight"]:  # of job scripts, for nobody to type: not among the commands of --help
+        return argparse.Namespace(run=_preflight, words=arguments[1:])
     parser, commands = _parsers()
     name = arguments[0] if arguments else None
     if name in commands:
@@ -225,6 +227,12 @@ def _slurm(options: argparse.Namespace) -> int:
 
     print(run_slurm(options), end="")
     return EXIT_DONE
+
+
+def _preflight(options: argparse.Namespace) -> NoReturn:
+    from nemo_rlhf.cli.preflight import run_preflight
+
+    run_preflight(options.words)
 
 
 def _report(options: argparse.Namespace) -> int:

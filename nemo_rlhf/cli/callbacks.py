@@ -25,7 +25,7 @@ from nemo_rlhf.parallel.saver import Saver
 from nemo_rlhf.parallel.strategy import MegatronStrategy
 from nemo_rlhf.rollout.score import Unavailable
 
-CHECKPOINTS, BEST = "checkpoints", "best"
+CHECKPOINTS, BEST, DAMAGED = "checkpoints", "best", ".damaged"
 
 
 def stored_checkpoints(run_dir: Path) -> list[Path]:
@@ -35,24 +35,39 @@ def stored_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def newest_whole_checkpoint(run_dir: Path) -> Path | None:
-    """The latest checkpoint that its manifest confirms; damaged ones are named in a warning. All ranks call it.
+    """The latest checkpoint that its manifest confirms; later ones, which are damaged, are named in a warning and get
+    another name, so that nothing counts them any more. All ranks call it.
 
     Raises:
         ValueError: there are checkpoints, and all of them are damaged.
     """
     stored = stored_checkpoints(run_dir)
+    damaged: dict[Path, ValueError] = {}
     for path in reversed(stored):
         try:
             checkpoint.verify(path)
         except ValueError as error:
-            damaged = error
-            if path != stored[0]:
-                warnings.warn(f"{error} The one before is used.", stacklevel=2)
+            damaged[path] = error
             continue
+        for later, reason in damaged.items():
+            aside = _set_aside(later)
+            warnings.warn(f"{reason} The one before is used. This one is now {aside}: delete it.", stacklevel=2)
         return path
     if stored:
-        raise ValueError(f"{damaged} There is no whole one before it: restore it, or delete {stored[0].parent}.")
+        raise ValueError(
+            f"{damaged[stored[0]]} There is no whole one before it: restore it, or delete {stored[0].parent}."
+        )
     return None
+
+
+def _set_aside(path: Path) -> Path:
+    """Rank 0 gives a damaged checkpoint a name that is none of a checkpoint's; returns it."""
+    aside = path.with_name(path.name + DAMAGED)
+    if dist.get_rank() == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+    dist.barrier()
+    return aside
 
 
 def _saver(trainer: Trainer) -> Saver:

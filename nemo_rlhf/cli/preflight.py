@@ -1,4 +1,4 @@
-"""The checks on every node before a job's first step: ``python3 -m nemo_rlhf.cli.preflight``, which job scripts start.
+"""The checks on every node before a job's first step: ``nemo-rlhf preflight``, which job scripts start.
 
 One process a GPU, or one a node without GPUs, inside the container of the job. They meet in a store on the first node,
 say what they found, and sum a tensor together. The first process tells which nodes are at fault; what would
@@ -16,12 +16,12 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -30,13 +30,20 @@ import nemo_rlhf
 
 REDUCE_S = 60.0  # for the all-reduce of everybody
 PAIR_S = 10.0  # for one of two nodes
+WORDS_S = 3.0  # for the others' words once one has failed: attempts that hang give up within 2 s of each other
 _NUMBERS = 2**24  # in the tensor that is summed, 64 MiB, on GPUs: enough to use every link
 _LIBRARIES = ("torch", "megatron-core", "nemo_toolkit", "transformers")
 Store = Any
 
 
-def main() -> int:
-    options = _options()
+def run_preflight(words: Sequence[str]) -> NoReturn:
+    """Check, say what is wrong, and end the process with exit code 0 or 1."""
+    code = _check(_options(words))
+    sys.stdout.flush()
+    os._exit(code)  # a thread may hang in a library
+
+
+def _check(options: argparse.Namespace) -> int:
     env = os.environ
     rank, world = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"])
     local, node = int(env["SLURM_LOCALID"]), env.get("SLURMD_NODENAME") or socket.gethostname()
@@ -64,15 +71,15 @@ def main() -> int:
     return int(bool(complaints))
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+def _options(words: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("nemo-rlhf preflight", description=__doc__)
     parser.add_argument("--reads", required=True, help="file or directory that every node must see")
     parser.add_argument("--writes", required=True, help="directory that every node must be able to write to")
     parser.add_argument("--gpus", type=int, default=0, help="that every node must have")
     parser.add_argument("--min-free-gib", type=float, default=0.0, help="space that must be left in the directory")
     parser.add_argument("--timeout-s", type=float, default=300.0, help="for everybody to be there")
     parser.add_argument("--nodes", nargs="+", required=True, help="names of all nodes, as SLURM calls them")
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def _say(complaint: str) -> int:
@@ -91,15 +98,17 @@ def _versions() -> str:
 
 def _problem(node: str, local: int, options: argparse.Namespace) -> str | None:
     """What keeps this process from doing its part, in words that follow the name of its node."""
-    if not Path(options.reads).exists():
-        return f"does not see {options.reads}"
+    try:
+        os.stat(options.reads)
+    except OSError as error:
+        return f"does not see {options.reads} ({error.strerror})"
     probe = Path(options.writes) / f".preflight_{node}_{local}"
     try:
         probe.touch()
         probe.unlink()
+        free = shutil.disk_usage(options.writes).free / 2**30
     except OSError as error:
         return f"cannot write to {options.writes} ({error.strerror})"
-    free = shutil.disk_usage(options.writes).free / 2**30
     if free < options.min_free_gib:
         return f"has {free:.1f} GiB free at {options.writes}, less than slurm.min_free_gib={options.min_free_gib:g}"
     if options.gpus and torch.cuda.device_count() < options.gpus:
@@ -130,7 +139,10 @@ def _differences(found: list[dict[str, Any]]) -> list[str]:
 
 
 class _Reduction:
-    """An all-reduce of every process, and, where that fails, of each node with the first, to find the bad one."""
+    """An all-reduce of every process, and, where that fails, of each node with the first, to find the bad one.
+
+    Pairs sum on their hosts, also where there are GPUs: NCCL may still hang in the all-reduce that failed.
+    """
 
     def __init__(self, store: Store, rank: int, world: int, on_gpus: bool) -> None:
         self._store, self._rank, self._world, self._on_gpus = store, rank, world, on_gpus
@@ -158,17 +170,28 @@ class _Reduction:
         deadline = time.monotonic() + REDUCE_S + 5
         said: dict[int, str] = {}
         while len(said) < self._world and time.monotonic() < deadline:
-            if mine.is_over():
-                said[0] = mine.said or "ok"
-            for rank in range(1, self._world):
-                if rank not in said and self._store.check([f"reduced/{rank}"]):
-                    said[rank] = self._store.get(f"reduced/{rank}").decode()
+            self._listen(mine, said)
             if any(word != "ok" for word in said.values()):
                 break  # the others may wait for it for long
             time.sleep(0.05)
         if len(said) == self._world and set(said.values()) == {"ok"}:
             return []
-        return self._bad_pairs(found) or self._bad_ranks(found, said)
+        deadline = time.monotonic() + WORDS_S
+        if bad := self._bad_pairs(found):
+            return bad
+        self._listen(mine, said)
+        while len(said) < self._world and time.monotonic() < deadline:
+            time.sleep(0.05)
+            self._listen(mine, said)
+        return [self._who_failed(found, said)]
+
+    def _listen(self, mine: _Attempt, said: dict[int, str]) -> None:
+        """Add what processes have said of the all-reduce since."""
+        if 0 not in said and mine.is_over():
+            said[0] = mine.said or "ok"
+        for rank in range(1, self._world):
+            if rank not in said and self._store.check([f"reduced/{rank}"]):
+                said[rank] = self._store.get(f"reduced/{rank}").decode()
 
     def _bad_pairs(self, found: list[dict[str, Any]]) -> list[str]:
         """Complaints on the nodes that cannot sum with the first."""
@@ -184,12 +207,20 @@ class _Reduction:
         return bad
 
     @staticmethod
-    def _bad_ranks(found: list[dict[str, Any]], said: dict[int, str]) -> list[str]:
+    def _who_failed(found: list[dict[str, Any]], said: dict[int, str]) -> str:
+        """Of the nodes that failed, where others did not; a bad one makes all fail before long, and the first to fail
+        may be an innocent one."""
         failed = {rank: word for rank, word in said.items() if word != "ok"}
+        everywhere = list(dict.fromkeys(one["node"] for one in found))
         ranks = failed or [rank for rank in range(len(found)) if rank not in said]
-        nodes = ", ".join(dict.fromkeys(found[rank]["node"] for rank in ranks))
+        nodes = list(dict.fromkeys(found[rank]["node"] for rank in ranks))
         why = next(iter(failed.values()), f"no end within {REDUCE_S:g} s")
-        return [f"the all-reduce of all failed on {nodes} ({why}), though every node alone reaches the first"]
+        if len(nodes) < len(everywhere) or len(everywhere) == 1:
+            return f"the all-reduce of all failed on {', '.join(nodes)} ({why})"
+        return (
+            f"the all-reduce of all failed on every node, and no single one was found to be at fault: each reaches "
+            f"{everywhere[0]} over its host's network (heard first, from {nodes[0]}: {why})"
+        )
 
     def wait_for_farewells(self, count: int) -> None:
         """The store ends with this process: let the others read the verdict first."""
@@ -253,9 +284,3 @@ class _Attempt:
             self.said = " ".join(str(error).split())[:200] or type(error).__name__
         else:
             self.said = None
-
-
-if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    os._exit(code)  # a thread may hang in a library

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from nemo_rlhf.config.slurm import SlurmSectionConfig
 from nemo_rlhf.launch.slurm import Job, render
 
 _SHAPE = re.compile(r"slurm\.(num_)?(nodes|gpus_per_node|ntasks\w*|devices|tasks\w*)$")
+
+_WAITS = re.compile(r"-d|--dependency(?=[=\s]|$)")
 
 
 def run_slurm(options: Namespace) -> str:
@@ -28,6 +31,8 @@ def run_slurm(options: Namespace) -> str:
     slurm, words = _cluster(options.words, options.cluster)
     if options.after is not None and not options.after.isdigit():
         raise ValueError(f"--after={options.after} is not the number of a job: give the one that --submit printed.")
+    if options.after is not None and any(_WAITS.match(option) for option in slurm.options):
+        raise ValueError(f"--after={options.after} and a --dependency of slurm.options exclude each other: keep one.")
     name = slurm.job_name or f"nemo-rlhf-{options.command}"
     if options.command == "convert":
         job = _conversion(name, words, options, slurm)
@@ -43,10 +48,11 @@ def run_slurm(options: Namespace) -> str:
         out.chmod(0o755)
         shown = f"{out}\n"
     if options.test_only:
-        return _sbatch(script, "--test-only")
+        done = _sbatch(script, "--test-only")
+        return f"{_said(done)}\n"
     if options.submit:
         Path(slurm.log_dir).mkdir(parents=True, exist_ok=True)
-        return _sbatch(script, "--parsable").partition(";")[0].strip() + "\n"
+        return f"{_number(_sbatch(script, '--parsable'))}\n"
     return shown
 
 
@@ -97,12 +103,24 @@ def _conversion(name: str, words: list[str], options: Namespace, slurm: SlurmSec
     )
 
 
-def _sbatch(script: str, option: str) -> str:
-    """What sbatch says of the script."""
+def _sbatch(script: str, option: str) -> subprocess.CompletedProcess[str]:
+    """Raises ValueError with SLURM's own words when it refuses the script."""
     if shutil.which("sbatch") is None:
         raise ValueError("There is no sbatch on this machine: write the script with --out, and submit it from another.")
     done = subprocess.run(["sbatch", option], input=script, capture_output=True, text=True, check=False)
-    said = re.sub(r"^sbatch: ", "", (done.stdout + done.stderr).strip(), flags=re.MULTILINE)
     if done.returncode != 0:
-        raise ValueError(f"SLURM refuses the job: {' '.join(said.replace('error: ', '').split())}")
-    return f"{said}\n"
+        raise ValueError(f"SLURM refuses the job: {' '.join(_said(done).replace('error: ', '').split())}")
+    return done
+
+
+def _said(done: subprocess.CompletedProcess[str]) -> str:
+    return re.sub(r"^sbatch: ", "", (done.stdout + done.stderr).strip(), flags=re.MULTILINE)
+
+
+def _number(done: subprocess.CompletedProcess[str]) -> str:
+    """Of the job that was submitted. What a site's plugins have said besides goes to the terminal."""
+    sys.stderr.write(done.stderr)
+    numbers = re.findall(r"^(\d+)(?:;.*)?$", done.stdout, re.MULTILINE)  # a cluster's name may follow
+    if not numbers:
+        raise ValueError(f"sbatch gave no job number but {_said(done)!r}: look for the job with squeue.")
+    return str(numbers[-1])

@@ -57,11 +57,12 @@ _RANGES: dict[str, Rule] = {
     "min_free_gib": NOT_NEGATIVE,
 }
 _TIME = re.compile(r"\d+(:[0-5]?\d){0,2}|\d+-\d+(:[0-5]?\d){0,2}")
-_PLAIN = re.compile(r"[\w.@%+,:=/-]+")  # what needs no quotes in a directive of sbatch
+# what needs no quotes in a directive of sbatch; in names of files SLURM would put something else for a %
+_PLAIN = re.compile(r"[\w.@+,:=/-]+")
 _VARIABLE = re.compile(r"[A-Za-z_]\w*")
 _OURS = re.compile(
-    r"-[NnGJoetApqc]|--(nodes|ntasks|gpus|gres|job-name|output|error|time|account|partition|qos|mem|"
-    r"cpus-per-task|exclusive|signal|requeue|no-requeue|open-mode)\b"
+    r"-[NnGJoetApqc]|--(nodes|ntasks|ntasks-per-\w+|gpus|gpus-per-\w+|gres|job-name|output|error|time|account|"
+    r"partition|qos|mem|cpus-per-task|exclusive|signal|requeue|no-requeue|open-mode)(?=[=\s]|$)"
 )
 
 
@@ -75,18 +76,36 @@ def check_slurm(cfg: SlurmConfig) -> None:
         raise ValueError(f"slurm.cpus_per_task={slurm.cpus_per_task} is out of range: it must be 1 or more, or null.")
     if not _TIME.fullmatch(slurm.time):
         raise ValueError(f"slurm.time={slurm.time} is not a time: write hours:minutes:seconds, such as 04:00:00.")
+    limit_s = _seconds(slurm.time)
+    if 0 < limit_s <= slurm.signal_s:  # 0: no limit
+        raise ValueError(
+            f"slurm.signal_s={slurm.signal_s} leaves nothing of slurm.time={slurm.time}, which is {limit_s} s: the run "
+            "would be told to end as soon as it begins; lower the one or raise the other."
+        )
     for name in ("job_name", "account", "partition", "qos", "gpu_type", "memory", "log_dir"):
         value = getattr(slurm, name)
         if value is not None and not _PLAIN.fullmatch(value):
             raise ValueError(
                 f"slurm.{name}={value!r} cannot stand in a job script: use letters, digits and _ . - / : = only."
             )
+    if "/" in (slurm.job_name or ""):
+        raise ValueError(f"slurm.job_name={slurm.job_name!r} is also the name of the log: leave out the /.")
     for option in slurm.options:
         _check_option(option)
     for name in slurm.environment:
         if not _VARIABLE.fullmatch(name):
             raise ValueError(f"slurm.environment has {name!r}, which cannot be the name of a variable: rename it.")
     _check_container(slurm.container)
+
+
+def _seconds(time: str) -> int:
+    """Of a limit as sbatch takes it: minutes[:seconds], hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if not dash and len(parts) < 3:
+        parts.insert(0, 0)
+    hours, minutes, seconds = (*parts, 0, 0)[:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _check_option(option: str) -> None:

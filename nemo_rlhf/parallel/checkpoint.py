@@ -203,16 +203,23 @@ def complete(path: Path, described: dict[str, list[int]]) -> None:
 
 @contextmanager
 def told_as_save_error(path: Path) -> Iterator[None]:
-    """Failures inside, which are every rank's, leave nothing behind and are raised as SaveError."""
+    """Failures inside, which are every rank's, leave nothing behind and are raised as SaveError; a lost connection is
+    no failure to write."""
     try:
         yield
     except _FAILURES as error:
+        if _is_lost_connection(error):
+            raise
         if dist.get_rank() == 0:
             shutil.rmtree(_partial(path), ignore_errors=True)
         raise SaveError(
             f"the checkpoint {path} could not be written ({_reason(error)}): free space or name another directory; "
             f"earlier checkpoints are untouched."
         ) from error
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)  # gloo's own are but RuntimeErrors
 
 
 def _reason(error: BaseException) -> str:
@@ -236,6 +243,8 @@ def together(action: Callable[[], None], place: Path) -> None:
     try:
         action()
     except _FAILURES as error:
+        if _is_lost_connection(error) and not _holds(store, verdict):
+            raise
         if isinstance(error, CheckpointException) and not error.failures:
             with suppress(RuntimeError):  # another rank knows why, and will say so
                 store.wait([verdict], timedelta(seconds=10))
@@ -248,6 +257,12 @@ def together(action: Callable[[], None], place: Path) -> None:
         store.set(verdict, "")
     if reason := store.get(verdict).decode():
         raise OSError(reason)
+
+
+def _holds(store: Any, key: str) -> bool:
+    with suppress(RuntimeError):  # the store ends with rank 0
+        return bool(store.check([key]))
+    return False
 
 
 def on_rank_zero(action: Callable[[], None]) -> None:

@@ -5,8 +5,9 @@
 #   scripts/slurm/chain.sh CLUSTER_FILE SIZE HF_DIR SHARED_DIR [key=value ...]
 #   scripts/slurm/chain.sh my_cluster.yaml 70b /shared/hf/llama2-70b /shared slurm.account=my_account
 #
-# SIZE is 7b (one node of 8 GPUs) or 70b (4, 4 and 8 nodes). Words after the four go to every job. The numbers of the
-# jobs are printed; cancelling one cancels those that wait for it.
+# SIZE is 7b (one node of 8 GPUs) or 70b (4, 4 and 8 nodes; eight hours, and the last quarter of an hour for a step and a
+# save). Words after the four go to every job, and come last. The numbers of the jobs are printed; cancelling one cancels
+# those that wait for it.
 set -euo pipefail
 
 if (($# < 4)); then
@@ -15,6 +16,9 @@ if (($# < 4)); then
 fi
 cluster=$1 size=$2 hf_dir=$3 shared=$4
 more=("${@:5}")
+if [[ $size == 70b ]]; then
+    more=(slurm.time=08:00:00 slurm.signal_s=900 "${@:5}")
+fi
 data=$shared/data/tldr
 model=$shared/models/tldr_$size
 runs=$shared/runs/tldr_$size

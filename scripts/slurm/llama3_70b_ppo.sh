@@ -21,6 +21,7 @@ export NCCL_IB_TIMEOUT=22
 export TORCH_NCCL_AVOID_RECORD_STREAMS=1
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-12}"
+export SLURM_EXPORT_ENV=ALL # the ranks get what is set here, whatever sbatch was told to export
 
 set -uo pipefail
 trap : TERM USR1 # this shell has to outlive the ranks, to read their exit codes
@@ -34,7 +35,7 @@ export MASTER_ADDR MASTER_PORT
 run_dir=/shared/runs/llama3_70b_ppo
 job_logs=./llama3_70b_ppo-$SLURM_JOB_ID
 logs=$job_logs/attempt_$attempt
-mkdir -p "$logs" "$run_dir" || exit 1
+mkdir -p "$logs/preflight" "$run_dir" || exit 1
 container=(
     --container-image=/shared/images/nemo_rlhf.sqsh
     --container-mounts="/shared:/shared,$PWD:$PWD"
@@ -59,58 +60,99 @@ if ((in_vain > 3)); then
     exit 1
 fi
 
+# Gives SLURM a command until it succeeds: its controller may be away for a few minutes.
+insist() {
+    local try
+    for try in {1..10}; do
+        "$@" && return
+        say "$1 failed, try $try of 10." >&2
+        ((try == 10)) || sleep 30
+    done
+    return 1
+}
+
 # Ends with exit code $1, after going back into the queue where another attempt may get further.
 finish() {
-    local code=$1 newest refusal
+    local code=$1 newest state
     newest=$(newest_checkpoint)
-    if [[ $code -ne 0 && $code -ne 2 && $(squeue -h -j "$SLURM_JOB_ID" -o %T) == RUNNING ]]; then # not cancelled
-        if [[ $newest != "$begun_at" ]] || ((in_vain < 3)); then
-            say "exit code $code after ${newest:-no checkpoint}; back into the queue."
-            refusal=$(scontrol requeue "$SLURM_JOB_ID" 2>&1) # which ends this script, sooner or later
-            [[ -z $refusal ]] && exit "$code"
-            say "SLURM does not take it back: $refusal"
-        else
-            say "3 times back in the queue without a new checkpoint: this was the last attempt."
+    if ((code != 0 && code != 2)); then
+        state=$(insist squeue -h -j "$SLURM_JOB_ID" -o %T)
+        if [[ -z $state ]]; then
+            say "SLURM does not say whether the job was cancelled: no further attempt."
+        elif [[ $state == RUNNING ]]; then # not cancelled
+            if [[ $newest != "$begun_at" ]] || ((in_vain < 3)); then
+                say "exit code $code after ${newest:-no checkpoint}; back into the queue."
+                insist scontrol requeue "$SLURM_JOB_ID" && exit "$code" # this ends the script, sooner or later
+                say "SLURM does not take it back."
+            else
+                say "3 times back in the queue without a new checkpoint: this was the last attempt."
+            fi
         fi
     fi
     say "ended with exit code $code after ${newest:-no checkpoint}."
     exit "$code"
 }
 
-say "attempt $attempt on ${nodes[*]}; logs of ranks are in $logs"
-timeout 600 srun --kill-on-bad-exit=1 --nodes=8 \
-    --ntasks=64 --ntasks-per-node=8 \
-    ${container[@]+"${container[@]}"} ${inside[@]+"${inside[@]}"} python3 -m nemo_rlhf.cli.preflight \
-    --reads=/shared/models/llama3-70b-sft --writes="$run_dir" --gpus=8 --min-free-gib=50.0 \
-    --timeout-s=300 --nodes "${nodes[@]}"
-code=$?
-if ((code != 0)); then
-    say "the pre-flight step ended with exit code $code; nothing was started."
-    # At first it is the set-up that is wrong; later, a node may have broken.
-    ((attempt > 0)) && finish 1
-    exit 1
-fi
-
-# One process of the job. Its exit code goes to a file, as srun tells only the highest of all.
+# One process of a step. Its exit code goes to a file, as srun tells only the highest of all.
 # shellcheck disable=SC2317,SC2329
 rank() {
-    trap : TERM USR1 # SLURM signals this shell, too, which must wait for the program to save
-    local logs=$1 code
+    local me=$1/rank_$SLURM_PROCID code keeper
     shift
-    "$@"
-    code=$?
-    echo "$(date +%s.%N) $code $SLURM_PROCID ${SLURMD_NODENAME:-$HOSTNAME}" >"$logs/rank_$SLURM_PROCID.code"
+    # With proctrack/cgroup SLURM signals this shell only: it passes signals on. The exit code it leaves to another, as
+    # bash may lose that of a child that ends while a signal is handled.
+    (
+        trap : TERM USR1
+        (echo "$BASHPID" >"$me.pid" && exec "$@")
+        code=$?
+        rm -f "$me.pid"
+        echo "$(date +%s.%N) $code $SLURM_PROCID ${SLURMD_NODENAME:-$HOSTNAME}" >"$me.code"
+        exit "$code"
+    ) &
+    keeper=$!
+    pass() {
+        while [[ ! -s $me.pid ]] && kill -0 "$keeper" 2>/dev/null; do sleep 0.1; done
+        kill -s "$1" "$(<"$me.pid")"
+    }
+    trap 'pass TERM 2>/dev/null' TERM
+    trap 'pass USR1 2>/dev/null' USR1
+    while wait "$keeper"; code=$?; kill -0 "$keeper" 2>/dev/null; do :; done # a signal ends wait
+    [[ -s $me.code ]] && read -r _ code _ <"$me.code"
     case $code in
     0 | 69 | 75) exit 0 ;; # the other ranks are about to end in the same way
     esac
     sleep 5 # the others say what they know of it before srun kills them
     exit "$code"
 }
+task="$(declare -f rank); rank \"\$@\""
+ends_of() { cat "$1"/rank_*.code 2>/dev/null | sort -n; } # the first first
+
+say "attempt $attempt on ${nodes[*]}; logs of ranks are in $logs"
+timeout 600 srun --kill-on-bad-exit=1 --nodes=8 \
+    --ntasks=64 --ntasks-per-node=8 \
+    ${container[@]+"${container[@]}"} \
+    bash -c "$task" rank "$logs/preflight" ${inside[@]+"${inside[@]}"} nemo-rlhf preflight \
+    --reads=/shared/models/llama3-70b-sft --writes="$run_dir" --gpus=8 --min-free-gib=50.0 \
+    --timeout-s=300 --nodes "${nodes[@]}"
+code=$?
+if ((code != 0)); then
+    ends=$(ends_of "$logs/preflight")
+    read -r _ first _ <<<"$ends"
+    # A signal to the job ends all. Where one fails, or cannot start, srun sends TERM to the others; timeout sends it, too.
+    if ((first == 138 || first == 143)) && ((code != 124)) &&
+        (($(wc -l <<<"$ends") == 64)); then
+        say "a signal ended the pre-flight step; nothing was started."
+        finish 75
+    fi
+    say "the pre-flight step ended with exit code $code; nothing was started."
+    # At first it is the set-up that is wrong; later, a node may have broken.
+    ((attempt > 0)) && finish 1
+    exit 1
+fi
 
 srun --kill-on-bad-exit=1 --nodes=8 --ntasks=64 --ntasks-per-node=8 \
     --cpus-per-task=12 \
     --output="$logs/rank_%t.log" ${container[@]+"${container[@]}"} \
-    bash -c "$(declare -f rank); rank \"\$@\"" rank "$logs" ${inside[@]+"${inside[@]}"} \
+    bash -c "$task" rank "$logs" ${inside[@]+"${inside[@]}"} \
     nemo-rlhf ppo \
     --config=examples/llama3_70b_ppo \
     exp_manager.explicit_log_dir=/shared/runs/llama3_70b_ppo \
@@ -121,7 +163,7 @@ srun --kill-on-bad-exit=1 --nodes=8 --ntasks=64 --ntasks-per-node=8 \
 code=$?
 
 # The rank that failed first decided the end; without one, 69 or 75 say that everything was saved.
-ends=$(cat "$logs"/rank_*.code 2>/dev/null | sort -n)
+ends=$(ends_of "$logs")
 first=$(awk '$2 != 0 && $2 != 69 && $2 != 75 {print; exit}' <<<"$ends")
 if [[ -n $first ]]; then
     read -r _ code culprit node <<<"$first"
