@@ -643,8 +643,8 @@ def test_a_store_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
 
 
 def test_people_turn_a_wrong_reward_model_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With real processes; what people want is seen by nothing but them. Alone it ends at 0.03, without noise in the
-    clock at 4 and more."""
+    """With real processes; what people want is seen by nothing but them. Alone it ends at 0.03, so at 4.5. Every step
+    waits for the one annotator: else the clock would say which wrong answers a refresh sees."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     for name in FROM_OUTSIDE:
         monkeypatch.delenv(name, raising=False)
@@ -652,6 +652,8 @@ def test_people_turn_a_wrong_reward_model_round(tmp_path: Path, monkeypatch: pyt
     sys.modules.pop("people", None)
     import people
 
-    means = people.turn_round(tmp_path, seed=0, steps=20, noise=0.1, annotators=3, alone=False)
+    keys = ("every_n_steps=1", "num_pairs=24", "wait_for=24", "min_held_out=8")
+    more = [f"ppo.feedback.{key}" for key in keys]
+    means = people.turn_round(tmp_path, 0, 20, 0.1, 1, False, *more)
     assert means[0] < 1 and sum(means[-2:]) / 2 > 1.8, means
     shutil.rmtree(tmp_path, ignore_errors=True)

@@ -23,7 +23,7 @@ from nemo_rlhf.parallel.optimizer import ModelOptimizer
 from nemo_rlhf.types import Prompt, Request
 
 OPTIM = OptimConfig(
-    lr=1e-2, betas=[0.9, 0.95], eps=1e-4, weight_decay=0.1, clip_grad=0.25, sched=SchedConfig(name="constant")
+    lr=1e-2, betas=[0.9, 0.95], eps=1e-3, weight_decay=0.1, clip_grad=0.25, sched=SchedConfig(name="constant")
 )
 NEW_TOKENS = 20
 
