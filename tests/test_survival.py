@@ -112,7 +112,8 @@ def test_a_job_survives(slurm: Cluster, tiny: Tiny, tmp_path: Path) -> None:
 
     chain.reached()
     slurm.crash("n1")  # the script of the job runs there, and rank 0
-    alone = jobs.submit("alone", *ppo(tiny, "alone", *ONE_NODE, f"reward.function={REWARDS}:count_a"))
+    elsewhere = "slurm.options=['--exclude=n1']"  # SLURM takes some seconds to notice
+    alone = jobs.submit("alone", *ppo(tiny, "alone", *ONE_NODE, elsewhere, f"reward.function={REWARDS}:count_a"))
     jobs.wait_until(lambda: job_state(chain.job) == "PENDING")
     subprocess.run(["scancel", chain.job], check=True)
     hold.unlink()
