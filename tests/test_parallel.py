@@ -18,7 +18,7 @@ from nemo_rlhf.config.architecture import Architecture
 from nemo_rlhf.convert.load import load_weights
 from nemo_rlhf.convert.source import RandomSource
 from nemo_rlhf.parallel import logprobs as logprobs_module
-from nemo_rlhf.parallel import state
+from nemo_rlhf.parallel import schedule, state
 from nemo_rlhf.parallel.attention import KVCache, SDPACoreAttention
 from nemo_rlhf.parallel.elementwise import rms_norm
 from nemo_rlhf.parallel.gpt import GPT, build_gpt
@@ -402,6 +402,28 @@ def test_leaving_out_what_nobody_reads_changes_nothing(kind: str, recompute: Any
     assert len(found) == len(expected) > 10
     for got, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+
+
+def test_hidden_states_that_are_there_are_not_computed_again(model: GPT) -> None:
+    """What ``ppo.keep_graph`` stands on: equal results would not tell that a forward pass was saved."""
+    tokens, mask = torch.randint(0, 131, (3, 12)), torch.zeros(3, 12, dtype=torch.bool)
+    mask[:, 7:] = True
+    (microbatch,) = schedule.cut(tokens, mask, torch.full((3,), 12), range(3), micro_batch_size=3)
+    passes: list[None] = []
+    hook = model.register_forward_hook(lambda *_: passes.append(None))
+    try:
+        kept = replace(microbatch, hidden=schedule.through(model, microbatch))
+        assert kept.hidden is not None and kept.hidden.requires_grad and len(passes) == 1
+
+        def compute(gpt: GPT, hidden: Tensor, batch: schedule.Microbatch) -> dict[str, Tensor]:
+            return {"logprobs": gpt.vocab_logprobs(hidden, batch.tokens, batch.selected)[0]}
+
+        again = schedule.forward(model, [kept], compute, tokens)["logprobs"]
+        assert len(passes) == 1
+        assert torch.equal(again, schedule.forward(model, [microbatch], compute, tokens)["logprobs"])
+        assert len(passes) == 2 and again[mask].min() < 0
+    finally:
+        hook.remove()
 
 
 # ---- memory
