@@ -8,7 +8,9 @@ What is replaced, and nothing else:
 * ``torch.cuda``: device, stream, event, memory and random-state calls;
 * megatron's two random-state functions, so that its tracker (dropout, recomputation) works on CPU states;
 * the copy to the host of how many tokens each expert gets, which leaves host tensors as they are instead of giving the
-  arrays asked for.
+  arrays asked for;
+* apex's kernel that adds a weight's gradient to the main gradient, by a matrix product that adds to its result;
+* the collectives of megatron's gradient and parameter buffers in groups of one rank, where gloo would copy everything.
 
 Functions are replaced rather than intercepted by a TorchFunctionMode, because such a mode is switched off inside
 ``Tensor.backward()``, where recomputed layers create tensors again.
@@ -20,6 +22,7 @@ import functools
 import logging
 from collections import defaultdict
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -199,6 +202,35 @@ def _patch_experts() -> None:
     utils.maybe_move_tensor_to_cpu = dispatcher.maybe_move_tensor_to_cpu = to_host
 
 
+def _patch_gradients() -> None:
+    import megatron.core.distributed.param_and_grad_buffer as buffers
+    import megatron.core.tensor_parallel.layers as layers
+
+    def accumulate(inputs: torch.Tensor, grad: torch.Tensor, main_grad: torch.Tensor) -> None:
+        if grad.dtype == main_grad.dtype:
+            main_grad.addmm_(grad.t(), inputs)
+        else:
+            main_grad.add_(grad.t() @ inputs)
+
+    layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=accumulate)
+    layers._grad_accum_fusion_available = True
+    buffers.dist_all_gather_func = _less_alone(buffers.dist_all_gather_func)
+    buffers.dist_reduce_scatter_func = _less_alone(buffers.dist_reduce_scatter_func)
+
+
+def _less_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """A collective over parts of one buffer, which in a group of one rank is left where it is; one number still goes,
+    because not every torch allows a coalescing manager without an operation."""
+
+    @functools.wraps(collective)
+    def wrapped(output: torch.Tensor, own: torch.Tensor, *args: Any, group: Any, **kwargs: Any) -> Any:
+        if group.size() == 1 and output.data_ptr() == own.data_ptr():
+            output, own = output[:1], own[:1]
+        return collective(output, own, *args, group=group, **kwargs)
+
+    return wrapped
+
+
 def install() -> None:
     """Put the stand-in in place. Once per process; it stays for the life of the process."""
     global _installed
@@ -214,4 +246,5 @@ def install() -> None:
     _patch_cuda()
     _patch_random()
     _patch_experts()
+    _patch_gradients()
     _installed = True

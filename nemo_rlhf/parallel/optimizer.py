@@ -11,6 +11,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 from nemo_rlhf import device
 from nemo_rlhf.config.optim import OptimConfig
@@ -156,6 +157,10 @@ class ModelOptimizer:
             ),
             model,
         )
+        if not device.is_cuda():  # CUDA needs apex for it
+            for module in model.modules():
+                if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+                    module.gradient_accumulation_fusion = True
         model.config.finalize_model_grads_func = finalize_model_grads
         if device.is_cuda() and state.dp_size() > 1:
             model.config.no_sync_func = self.ddp.no_sync
