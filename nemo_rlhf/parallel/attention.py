@@ -197,7 +197,8 @@ class CachedSelfAttention(SelfAttention):
         *args: Any,
         **kw: Any,
     ) -> Any:
-        query = query[self._first_query :]
+        if self._first_query:
+            query = query[self._first_query :]
         if inference_context is None and not self._is_packed:
             if rotary_pos_emb is not None:
                 query, key = self._rotate(query, key, *_cos_sin(rotary_pos_emb[0], key.dtype))
@@ -268,7 +269,8 @@ def add_to_last_rows(training: bool, fused: bool) -> Callable[..., Tensor]:
     add = get_bias_dropout_add(training, fused)
 
     def add_them(answer: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
-        return add(answer, residual[-answer[0].size(0) :], dropout)
+        rows = answer[0].size(0)
+        return add(answer, residual if rows == residual.size(0) else residual[-rows:], dropout)
 
     return add_them
 

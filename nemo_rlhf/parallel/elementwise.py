@@ -57,14 +57,13 @@ class _GatedUnit(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         (x,) = ctx.saved_tensors
         activation, derivative = ctx.functions
+        x = x.detach()
         gate, up = x.chunk(2, dim=-1)
-        result = torch.empty_like(x)
-        grad_gate, grad_up = result.chunk(2, dim=-1)
-        torch.mul(grad, up, out=grad_gate)
-        derivative(grad_gate, gate, grad_gate)
-        activation(gate, grad_up)
-        grad_up.mul_(grad)
-        return result, None, None
+        product, activated = torch.mul(grad, up), torch.empty_like(gate, memory_format=torch.contiguous_format)
+        activation(gate, activated)
+        derivative(product, gate, gate)
+        torch.mul(grad, activated, out=up)
+        return x, None, None
 
 
 class SwiGLU(MegatronModule):
