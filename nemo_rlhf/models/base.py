@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from nemo.core.classes import ModelPT
@@ -31,10 +31,12 @@ class NonFiniteError(ValueError):
 
 class MegatronModel(ModelPT):
     """Base of the roles. ``gpt`` is the bare megatron module; ``learner`` is None in a role that does not learn.
-    ``heads``: what the role has on its trunk beside or instead of the output layer (``Architecture.heads``)."""
+    ``heads``: what the role has on its trunk beside or instead of the output layer (``Architecture.heads``);
+    ``reads``: whether they want the states before the selected tokens or at them."""
 
     role: Role
     heads: tuple[str, ...] = ()
+    reads: Literal["before", "at"] = "before"
 
     def __init__(self, config: ModelConfig, architecture: Architecture, precision: str) -> None:
         """``config``: how the model is cut and fed (TP and PP are those of the current process groups).
@@ -87,6 +89,7 @@ class MegatronModel(ModelPT):
             fields=fields,
             multiple_of=state.tp_size() if self.gpt.config.sequence_parallel else 1,
             together=together,
+            reads=self.reads,
         )
 
     def pack(

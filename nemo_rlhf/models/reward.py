@@ -14,6 +14,8 @@ from nemo_rlhf.parallel.schedule import Microbatch
 class RewardModel(CriticModel):
     """A critic's network, so that a critic can start from it."""
 
+    reads = "at"
+
     def scores(self, microbatches: Sequence[Microbatch], like: Tensor) -> Tensor:
         """Scores [B, S] fp32 at the selected tokens, the last of each text."""
 

@@ -217,7 +217,8 @@ class GPT(GPTModel):
         """Log-probabilities of ``tokens`` and entropies of their distributions at the selected places.
 
         Args:
-            hidden: [S, B, H] of the last stage ([S / TP, B, H] under sequence parallelism).
+            hidden: [S, B, H] of the last stage ([S / TP, B, H] under sequence parallelism), or of some of the last
+                places before that of the last token.
             tokens: [B, S].
             selected: [N] indices b * S + t, t >= 1, of the tokens asked for.
             temperature: divides the logits, as in sampling.
@@ -245,7 +246,7 @@ class GPT(GPTModel):
 
     def scores(self, hidden: Tensor, tokens: Tensor, selected: Tensor) -> Tensor:
         """Values [N] fp32 of the states that the selected tokens lead to: of whole texts, where they are the last."""
-        return self.value_head(_at(self._gathered(hidden), tokens, selected, 0))
+        return self.value_head(_at(self._gathered(hidden), tokens, selected))
 
     def ilql_scores(self, hidden: Tensor, tokens: Tensor, selected: Tensor, detach: bool) -> ILQLScores:
         """What ILQL's loss needs of the selected tokens; arguments as of ``vocab_logprobs``. ``detach``: what the heads
@@ -264,15 +265,22 @@ class GPT(GPTModel):
 
 
 def _before(hidden: Tensor, tokens: Tensor, selected: Tensor) -> Tensor:
-    """Rows [N, H] of hidden [S, B, H] that predict the selected tokens: those one place earlier."""
-    return _at(hidden, tokens, selected, -1)
+    """Rows [N, H] that predict the selected tokens: those one place earlier. Where hidden is not of all places, it ends
+    one before the last, which predicts nothing (see ``schedule.Microbatch``)."""
+    length = tokens.size(1)
+    end = length if hidden.size(0) == length else length - 1
+    return _rows(hidden, selected // length, selected % length - 1, end)
 
 
-def _at(hidden: Tensor, tokens: Tensor, selected: Tensor, offset: int) -> Tensor:
-    """Rows [N, H] of hidden [S, B, H], or of the last of its places, that are ``offset`` after the selected tokens."""
-    batch, length = tokens.shape
-    row, place = selected // length, selected % length + offset - (length - hidden.size(0))
-    return hidden.reshape(-1, hidden.size(-1))[place * batch + row]
+def _at(hidden: Tensor, tokens: Tensor, selected: Tensor) -> Tensor:
+    """Rows [N, H] of the selected tokens themselves."""
+    length = tokens.size(1)
+    return _rows(hidden, selected // length, selected % length, length)
+
+
+def _rows(hidden: Tensor, row: Tensor, place: Tensor, end: int) -> Tensor:
+    """Of hidden [S, B, H], the states of the places up to ``end``."""
+    return hidden.reshape(-1, hidden.size(-1))[(place - end + hidden.size(0)) * hidden.size(1) + row]
 
 
 def build_gpt(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -27,9 +27,9 @@ class Microbatch:
 
     ``tokens`` [b, s]; ``selected`` [N] indices into ``tokens`` of the tokens under the mask; ``fields`` [N] each, what
     the batch says of those tokens; ``places`` [N] (host) their indices in the whole batch [B, S]; ``bounds`` says where
-    the texts of a single row begin and end (see ``packing.join_row``), None where a row is a text; ``first_needed`` is
-    the first place whose hidden states a head reads; ``hidden`` are those states with their graph, where they were
-    computed before.
+    the texts of a single row begin and end (see ``packing.join_row``), None where a row is a text; heads read hidden
+    states from the place ``first_needed`` on, and not that of the last place where ``drops_last``; ``hidden`` are
+    those states with their graph, where they were computed before.
     """
 
     tokens: Tensor
@@ -38,6 +38,7 @@ class Microbatch:
     places: Tensor
     bounds: Tensor | None = None
     first_needed: int = 0
+    drops_last: bool = False
     hidden: Tensor | None = None
 
 
@@ -55,13 +56,16 @@ def cut(
     fields: Mapping[str, Tensor] | None = None,
     multiple_of: int = 1,
     together: int = 1,
+    reads: Literal["before", "at"] = "before",
 ) -> list[Microbatch]:
     """Microbatches of the given rows of a batch of host tensors [B, S], moved to this rank's device.
 
     Rows are grouped by length, so little is computed on padding. ``multiple_of`` rounds the padded length up
     (sequence parallelism splits it). ``together``: so many rows that follow each other in the batch stay side by side
     in one microbatch (the two of a pair); ``rows`` names the first of each, and ``micro_batch_size`` counts groups.
+    ``reads``: whether heads want the states before the selected tokens or at them.
     """
+    earlier = 1 if reads == "before" else 0
     groups = [range(row, row + together) for row in rows]
     groups.sort(key=lambda group: max(int(lengths[row]) for row in group), reverse=True)
     microbatches = []
@@ -78,7 +82,8 @@ def cut(
                 selected=(row * length + place).to(to),
                 fields={name: field.reshape(-1)[places].to(to) for name, field in (fields or {}).items()},
                 places=places,
-                first_needed=max(0, int(place.min()) - 1) if len(place) else 0,
+                first_needed=max(0, int(place.min()) - earlier) if len(place) else 0,
+                drops_last=bool(earlier) and length > 1 and multiple_of == 1,
             )
         )
     return microbatches
@@ -121,9 +126,9 @@ def through(model: Any, microbatch: Microbatch) -> Tensor:
     if microbatch.bounds is not None:
         packing = packed_sequences(microbatch.bounds)
         return model(microbatch.tokens, positions_of(microbatch.bounds), packed_seq_params=packing)
-    positions = torch.arange(microbatch.tokens.size(1), device=microbatch.tokens.device)
-    positions = positions[None].expand_as(microbatch.tokens)
-    return model(microbatch.tokens, positions, first_needed=microbatch.first_needed)
+    tokens = microbatch.tokens[:, :-1] if microbatch.drops_last else microbatch.tokens
+    positions = torch.arange(tokens.size(1), device=tokens.device)[None].expand_as(tokens)
+    return model(tokens, positions, first_needed=microbatch.first_needed)
 
 
 def _run(model: Any, microbatches: Sequence[Microbatch], loss: Loss, forward_only: bool) -> list[dict[str, Tensor]]:

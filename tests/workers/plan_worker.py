@@ -135,10 +135,11 @@ def _optimizer_bytes(model: MegatronModel) -> int:
 def _batch(model: MegatronModel) -> list[Microbatch]:
     """The same number of microbatches, all of one shape, on every data-parallel rank."""
     rows = ROWS * MICROBATCHES * state.dp_size()
-    tokens = torch.randint(0, model.architecture.vocab_size, (rows, LENGTH))
-    mask = torch.zeros(rows, LENGTH, dtype=torch.bool)
+    length = LENGTH + (not model.gpt.config.sequence_parallel)  # otherwise the last place is not run
+    tokens = torch.randint(0, model.architecture.vocab_size, (rows, length))
+    mask = torch.zeros(rows, length, dtype=torch.bool)
     mask[:, 1 : 1 + RESPONSE] = True  # the shortest prompt there is: no layer leaves out anything
-    return model.cut(tokens, mask, torch.full((rows,), LENGTH), range(rows))
+    return model.cut(tokens, mask, torch.full((rows,), length), range(rows))
 
 
 def _loss(gpt: GPT, hidden: Tensor, batch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
