@@ -17,14 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nemo_rlhf.config.architecture import Architecture
 from nemo_rlhf.convert.load import load_weights
 from nemo_rlhf.convert.source import RandomSource
+from nemo_rlhf.parallel import attention, schedule, state
 from nemo_rlhf.parallel import logprobs as logprobs_module
-from nemo_rlhf.parallel import schedule, state
 from nemo_rlhf.parallel.attention import KVCache, SDPACoreAttention
-from nemo_rlhf.parallel.elementwise import rms_norm
+from nemo_rlhf.parallel.elementwise import GeGLU, SwiGLU, rms_norm
 from nemo_rlhf.parallel.gpt import GPT, build_gpt
 from nemo_rlhf.parallel.logprobs import vocab_parallel_logprobs
 from nemo_rlhf.parallel.offload import Offload, Swap
 from nemo_rlhf.parallel.settings import transformer_config
+from nemo_rlhf.parallel.short_attention import short_attention
 from tests.spawn import run_distributed
 from tests.workers import parallel_worker as worker
 from tests.workers.parallel_worker import TEMPERATURE, Cut, Job
@@ -217,6 +218,24 @@ def test_causal_attention(length: int, groups: int) -> None:
     assert_same_attention(inputs, fast, slow_attention(*inputs, causal(length, 3)))
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("first", [0, 5, 12])
+def test_short_sequences_from_projection_to_projection(first: int, groups: int) -> None:
+    length, batch, channels = 13, 3, 16
+    mixed = torch.randn(length, batch, groups, 4 // groups + 2, channels, requires_grad=True)
+    angles = torch.outer(torch.arange(length), torch.rand(channels // 2)).view(length, 1, 1, 1, -1)
+    fast = short_attention(mixed, angles.cos(), angles.sin(), 0.25, first)
+
+    def turned(x: Tensor) -> Tensor:
+        halves = torch.complex(*x.double().chunk(2, dim=-1)) * torch.polar(torch.ones(()).double(), angles.double())
+        return torch.cat([halves.real, halves.imag], dim=-1).flatten(2, 3)
+
+    query, key, value = turned(mixed[..., :-2, :]), turned(mixed[..., -2:-1, :]), mixed[..., -1, :]
+    slow = slow_attention(query, key, value, causal(length, batch))[first:]
+    assert fast.shape == (length - first, batch, 64)
+    assert_same_attention([mixed], fast, slow)
+
+
 @pytest.mark.parametrize("mask_type", [AttnMaskType.causal, AttnMaskType.no_mask, AttnMaskType.arbitrary])
 def test_a_boolean_mask_alone_decides(mask_type: AttnMaskType) -> None:
     inputs = projections(9, 9, 2)
@@ -371,6 +390,25 @@ def test_rms_norm_and_its_gradients() -> None:
                 torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
 
 
+@pytest.mark.parametrize("unit", [SwiGLU, GeGLU])
+def test_gated_units_write_their_gradient_over_their_input(unit: type[torch.nn.Module]) -> None:
+    """Once: whoever needs the input after that is told, instead of given something else."""
+    x, grad = torch.randn(5, 3, 32).requires_grad_(), torch.randn(5, 3, 16)
+    gate, up = x.detach().double().chunk(2, dim=-1)
+    gate, up = gate.requires_grad_(), up.requires_grad_()
+    activated = gate * gate.sigmoid()
+    if unit is GeGLU:
+        activated = gate * (1 + ((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)).tanh()) / 2
+    made = x * 1.0  # as by a projection, which does not need it either
+    got, expected = unit(None)(made), activated * up
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
+    (found,) = torch.autograd.grad(got, x, grad, retain_graph=True)
+    wanted = torch.cat(torch.autograd.grad(expected, (gate, up), grad.double()), dim=-1)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(got, x, grad)
+
+
 LAST_LAYERS = {
     "llama": ARCHITECTURE,
     "window": replace(ARCHITECTURE, sliding_window=4, windowed_layers=(0, 1)),
@@ -402,6 +440,29 @@ def test_leaving_out_what_nobody_reads_changes_nothing(kind: str, recompute: Any
     assert len(found) == len(expected) > 10
     for got, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("kind", LAST_LAYERS)
+def test_long_sequences_go_another_way_to_the_same_result(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(5)
+    model = build_gpt(LAST_LAYERS[kind])
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.2)
+    tokens, positions = torch.randint(0, 131, (3, 12)), torch.arange(12).expand(3, 12)
+    calls: list[int] = []
+    monkeypatch.setattr(attention, "short_attention", lambda *a, **k: calls.append(1) or short_attention(*a, **k))
+    results = []
+    for longest in (12, 11):
+        monkeypatch.setattr(attention, "LONGEST", longest)
+        model.zero_grad()
+        hidden = model(tokens, positions, first_needed=4)
+        hidden.square().sum().backward()
+        results.append((hidden.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+    # of two layers those that have a rotation and no window
+    assert len(calls) == {"llama": 2, "window": 1, "learned positions": 0}[kind]
+    for ours, theirs in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-5)
 
 
 def test_hidden_states_that_are_there_are_not_computed_again(model: GPT) -> None:

@@ -204,7 +204,7 @@ def _patch_experts() -> None:
 
 def _patch_gradients() -> None:
     import megatron.core.distributed.param_and_grad_buffer as buffers
-    import megatron.core.tensor_parallel.layers as layers
+    from megatron.core.tensor_parallel import layers
 
     def accumulate(inputs: torch.Tensor, grad: torch.Tensor, main_grad: torch.Tensor) -> None:
         if grad.dtype == main_grad.dtype:

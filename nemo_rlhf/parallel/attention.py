@@ -7,6 +7,7 @@ gives every row its own position, so that finished sequences are replaced one by
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.random import checkpoint, get_cuda_rng_tracker
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -26,6 +27,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from nemo_rlhf.parallel.elementwise import rotate
+from nemo_rlhf.parallel.short_attention import LONGEST, short_attention
 
 
 class KVCache(BaseInferenceContext):
@@ -176,16 +178,39 @@ class CachedSelfAttention(SelfAttention):
         super().__init__(config, submodules, layer_number, *args, **kwargs)
         self.window = window_of(config, layer_number)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         self._is_packed = kwargs.get("packed_seq_params") is not None
         self._first_query = 0
         mask, kwargs["attention_mask"] = kwargs["attention_mask"], None
+        context, angles = kwargs.get("inference_context"), kwargs.get("rotary_pos_emb")
         if self.trims_queries and mask is not None:
             self._first_query = mask.size(3) - mask.size(2)
             kwargs["attention_mask"] = within_window(mask, self.window)
-        elif isinstance(context := kwargs.get("inference_context"), KVCache):
+        elif isinstance(context, KVCache):
             kwargs["attention_mask"] = context.mask(self.window)
-        return super().forward(*args, **kwargs)
+        if context is None and angles is not None and self._is_short(hidden_states, angles.size(0)):
+            return self._forward_short(hidden_states, angles)
+        return super().forward(hidden_states, *args, **kwargs)
+
+    def _is_short(self, hidden_states: Tensor, length: int) -> bool:
+        return (
+            length <= min(LONGEST, self.window or LONGEST)
+            and not (hidden_states.is_cuda or self._is_packed or self.config.qk_layernorm)
+            and hidden_states.dtype == torch.float32
+        )
+
+    def _forward_short(self, hidden_states: Tensor, angles: Tensor) -> tuple[Tensor, Tensor | None]:
+        mixed, _ = self.linear_qkv(hidden_states)
+        channels = self.hidden_size_per_attention_head
+        mixed = mixed.view(*mixed.shape[:2], self.num_query_groups_per_partition, -1, channels)
+        cos, sin = (part.unsqueeze(3) for part in _cos_sin(angles, mixed.dtype))
+        attend = functools.partial(short_attention, scale=1 / math.sqrt(channels), first=self._first_query)
+        if self.checkpoint_core_attention and self.training:
+            context = checkpoint(attend, False, mixed, cos, sin)
+        else:
+            context = attend(mixed, cos, sin)
+        answer: tuple[Tensor, Tensor | None] = self.linear_proj(context)
+        return answer
 
     def _adjust_key_value_for_inference(
         self,

@@ -15,6 +15,21 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 
+class _Forgetful:
+    """Stands for autograd's context where nothing is kept."""
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        pass
+
+
+def call(function: type[torch.autograd.Function], *args: Any) -> Tensor:
+    """``function.apply``, or where gradients are off its forward pass alone: in a decoding step autograd's bookkeeping
+    takes as long as the small operators themselves."""
+    if torch.is_grad_enabled():
+        return function.apply(*args)  # type: ignore[no-any-return,no-untyped-call]
+    return function.forward(_Forgetful(), *args)  # type: ignore[no-any-return]
+
+
 def gelu_tanh(x: Tensor) -> Tensor:
     """The tanh approximation of GELU (Hendrycks and Gimpel 2016), with which GPT-2 and Gemma were trained."""
     return F.gelu(x, approximate="tanh")
@@ -70,14 +85,14 @@ class SwiGLU(MegatronModule):
     """``silu(gate) * up`` of [..., 2 * width], gate first (Shazeer 2020); an activation module for megatron's MLP."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _GatedUnit.apply(x, _silu, _silu_backward)
+        return call(_GatedUnit, x, _silu, _silu_backward)
 
 
 class GeGLU(MegatronModule):
     """``gelu_tanh(gate) * up`` of [..., 2 * width], gate first (Shazeer 2020)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _GatedUnit.apply(x, _gelu_tanh, _gelu_tanh_backward)
+        return call(_GatedUnit, x, _gelu_tanh, _gelu_tanh_backward)
 
 
 class GELU(MegatronModule):
@@ -111,7 +126,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     in both directions together."""
     if x.is_cuda or x.dtype != torch.float32:
         return F.rms_norm(x, weight.shape, weight, eps)
-    return _RMSNorm.apply(x, weight, eps)
+    return call(_RMSNorm, x, weight, eps)
 
 
 class _Rotate(torch.autograd.Function):
@@ -127,12 +142,18 @@ class _Rotate(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rotate_into(result, x, cos, sin)
+    return result
+
+
+def rotate_into(result: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """``rotate`` without autograd, into a tensor of the same shape that does not overlap ``x``."""
     first, second = x.chunk(2, dim=-1)
-    result = x * torch.cat([cos, cos], dim=-1)
     left, right = result.chunk(2, dim=-1)
+    torch.mul(x, torch.cat([cos, cos], dim=-1), out=result)
     left.addcmul_(second, sin, value=-1)
     right.addcmul_(first, sin)
-    return result
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -142,4 +163,4 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x: [S, B, heads, channels].
         cos, sin: [S or 1, 1 or B, 1, channels / 2], in the dtype of ``x``.
     """
-    return _Rotate.apply(x, cos, sin)
+    return call(_Rotate, x, cos, sin)

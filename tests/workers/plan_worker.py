@@ -104,7 +104,7 @@ def _measure(case: Case) -> Measured:
         torch.nn.init.normal_(parameter, std=0.02)
     model.make_trainable(OptimConfig(), 2)
     found = Measured(state.pp_rank(), state.dp_rank(), frozen)
-    with fused_norms(), kept_for_backward(model.gpt) as kept:
+    with as_on_a_gpu(), kept_for_backward(model.gpt) as kept:
         model.learn(_batch(model), _loss)
     found.activations = kept.peak
     learner = model.learner
@@ -228,17 +228,18 @@ class _FusedRMSNorm(torch.autograd.Function):
 
 
 @contextmanager
-def fused_norms() -> Iterator[None]:
-    original = F.rms_norm
+def as_on_a_gpu() -> Iterator[None]:
+    """With norms and attention that keep what a GPU's kernels do."""
+    original, longest = F.rms_norm, attention.LONGEST
 
     def rms_norm(x: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor:
         return _FusedRMSNorm.apply(x, weight, eps)
 
-    F.rms_norm = rms_norm
+    F.rms_norm, attention.LONGEST = rms_norm, 0
     try:
         yield
     finally:
-        F.rms_norm = original
+        F.rms_norm, attention.LONGEST = original, longest
 
 
 # ---- everything that is allocated
@@ -290,7 +291,7 @@ def peaks(case: Case) -> tuple[int, int, int | None]:
     assert model.learner is not None
     batch = _batch(model)
     # as large as on a GPU
-    with mock.patch.object(logprobs, "_CHUNK_ELEMENTS_CPU", logprobs._CHUNK_ELEMENTS_CUDA), fused_norms():
+    with mock.patch.object(logprobs, "_CHUNK_ELEMENTS_CPU", logprobs._CHUNK_ELEMENTS_CUDA), as_on_a_gpu():
         with Allocated() as update:
             schedule.forward_backward(model.learner.ddp, batch, _loss)
         with Allocated() as evaluation:
