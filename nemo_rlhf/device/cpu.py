@@ -9,6 +9,7 @@ What is replaced, and nothing else:
 * megatron's two random-state functions, so that its tracker (dropout, recomputation) works on CPU states;
 * the copy to the host of how many tokens each expert gets, which leaves host tensors as they are instead of giving the
   arrays asked for;
+* megatron's linear layer where there are no gradients: the product alone, without autograd's bookkeeping;
 * apex's kernel that adds a weight's gradient to the main gradient, by a matrix product that adds to its result;
 * the collectives of megatron's gradient and parameter buffers in groups of one rank, where gloo would copy everything.
 
@@ -202,6 +203,20 @@ def _patch_experts() -> None:
     utils.maybe_move_tensor_to_cpu = dispatcher.maybe_move_tensor_to_cpu = to_host
 
 
+def _patch_linear() -> None:
+    from megatron.core.tensor_parallel import layers
+
+    learning = layers.linear_with_grad_accumulation_and_async_allreduce
+
+    @functools.wraps(learning)
+    def linear(input: torch.Tensor, weight: torch.Tensor, bias: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if torch.is_grad_enabled() or kwargs["sequence_parallel"]:
+            return learning(input, weight, bias, *args, **kwargs)  # type: ignore[no-any-return]
+        return torch.nn.functional.linear(input, weight, bias)
+
+    layers.linear_with_grad_accumulation_and_async_allreduce = linear
+
+
 def _patch_gradients() -> None:
     import megatron.core.distributed.param_and_grad_buffer as buffers
     from megatron.core.tensor_parallel import layers
@@ -246,5 +261,6 @@ def install() -> None:
     _patch_cuda()
     _patch_random()
     _patch_experts()
+    _patch_linear()
     _patch_gradients()
     _installed = True
