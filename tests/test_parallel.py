@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nemo_rlhf.config.architecture import Architecture
 from nemo_rlhf.convert.load import load_weights
 from nemo_rlhf.convert.source import RandomSource
+from nemo_rlhf.models.policy import token_logprobs
 from nemo_rlhf.parallel import attention, schedule, state
 from nemo_rlhf.parallel import logprobs as logprobs_module
 from nemo_rlhf.parallel.attention import KVCache, SDPACoreAttention
@@ -475,6 +476,8 @@ def test_hidden_states_that_are_there_are_not_computed_again(model: GPT) -> None
     try:
         kept = replace(microbatch, hidden=schedule.through(model, microbatch))
         assert kept.hidden is not None and kept.hidden.requires_grad and len(passes) == 1
+        said = token_logprobs(model, kept.hidden, kept, 1.0)
+        assert token_logprobs(model, kept.hidden, replace(kept, said=said), 1.0) is said
 
         def compute(gpt: GPT, hidden: Tensor, batch: schedule.Microbatch) -> dict[str, Tensor]:
             return {"logprobs": gpt.vocab_logprobs(hidden, batch.tokens, batch.selected)[0]}

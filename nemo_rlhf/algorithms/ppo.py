@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +41,14 @@ from nemo_rlhf.data.order import Stream
 from nemo_rlhf.generation.engine import Engine
 from nemo_rlhf.generation.sampling import SamplingParams
 from nemo_rlhf.models.base import NonFiniteError
-from nemo_rlhf.models.critic import CriticModel
-from nemo_rlhf.models.policy import PolicyModel
+from nemo_rlhf.models.critic import CriticModel, token_values
+from nemo_rlhf.models.policy import PolicyModel, token_logprobs
 from nemo_rlhf.models.reference import Reference, ResidentReference, SwappedReference
 from nemo_rlhf.ops.kl import next_kl_coef
 from nemo_rlhf.ops.scaling import ScoreStatistics
 from nemo_rlhf.parallel import checkpoint
 from nemo_rlhf.parallel.optimizer import ModelOptimizer
-from nemo_rlhf.parallel.schedule import Loss, Microbatch
+from nemo_rlhf.parallel.schedule import Head, Loss, Microbatch
 from nemo_rlhf.rollout.collect import make_requests
 from nemo_rlhf.rollout.experience import Evaluation, build_experience, describe_samples
 from nemo_rlhf.rollout.sources import CalledSource
@@ -98,7 +99,7 @@ class PPO(Algorithm):
         self.kl_coef = config.ppo.kl.coef
         self.statistics = ScoreStatistics()
         self.kl_at_start = float("nan")
-        self._graphs: dict[str, Tensor] = {}  # hidden states of the first minibatch by role, with ppo.keep_graph
+        self._graphs: dict[str, Microbatch] = {}  # the first minibatch by role, with ppo.keep_graph
 
     def configure_model(self) -> None:
         config, model = self.config, self.config.model
@@ -203,18 +204,20 @@ class PPO(Algorithm):
         temperature = self.sampling.temperature
         ref_logprobs = self.reference.logprobs(microbatches, temperature, tokens)
         with self._critic_on_device():
-            values = None if self.critic is None else self.critic.values(self._kept(self.critic, microbatches), tokens)
+            values = None
+            if self.critic is not None:
+                values = self.critic.values(self._kept(self.critic, microbatches, token_values), tokens)
         learns = self.completed_steps >= self.config.ppo.critic_warmup_steps
-        policy_sees = self._kept(self.policy, microbatches) if learns else microbatches
-        logprobs, entropy = self.policy.logprobs(policy_sees, temperature, tokens)
+        if learns:
+            head = partial(token_logprobs, temperature=temperature)
+            microbatches = self._kept(self.policy, microbatches, head)
+        logprobs, entropy = self.policy.logprobs(microbatches, temperature, tokens)
         return Evaluation(logprobs=logprobs, ref_logprobs=ref_logprobs, entropy=entropy, values=values)
 
-    def _kept(self, model: PolicyModel | CriticModel, microbatches: list[Microbatch]) -> list[Microbatch]:
+    def _kept(self, model: PolicyModel | CriticModel, microbatches: list[Microbatch], head: Head) -> list[Microbatch]:
         if not self.config.ppo.keep_graph:
             return microbatches
-        first = model.with_graph(microbatches[0])
-        assert first.hidden is not None
-        self._graphs[model.role] = first.hidden
+        first = self._graphs[model.role] = model.with_graph(microbatches[0], head)
         return [first, *microbatches[1:]]
 
     def update(self, experience: Experience, step: int) -> Metrics:
@@ -277,16 +280,16 @@ class PPO(Algorithm):
     ) -> None:
         """One optimizer step on the ``tokens`` of a minibatch; where there are none, only one of the schedule."""
         assert model.learner is not None
-        hidden = self._graphs.pop(model.role, None)
+        evaluated = self._graphs.pop(model.role, None)
         if tokens == 0:
             model.learner.scheduler.step(1)
             return
         batch = {name: value for name, value in vars(experience).items() if value is not None}
         fields = {name: batch[name] for name in _PER_TOKEN if name in batch}
         microbatches = model.cut(experience.tokens, experience.loss_mask, experience.lengths, rows, fields)
-        if hidden is not None:
+        if evaluated is not None:
             (microbatch,) = microbatches
-            microbatches = [replace(microbatch, hidden=hidden)]
+            microbatches = [replace(microbatch, hidden=evaluated.hidden, said=evaluated.said)]
         try:
             log.add(model.role, *model.learn(microbatches, loss), tokens)
         except NonFiniteError as error:

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from nemo_rlhf.config.schema import PPOAlgorithmConfig
 from nemo_rlhf.losses.ppo import policy_loss, value_loss
+from nemo_rlhf.models.critic import token_values
+from nemo_rlhf.models.policy import token_logprobs
 from nemo_rlhf.parallel.gpt import GPT
 from nemo_rlhf.parallel.schedule import Loss, Microbatch
 
@@ -15,7 +17,7 @@ def policy_objective(config: PPOAlgorithmConfig, temperature: float, kl_coef: fl
     """``normalizer`` as of ``policy_loss``; ``kl_coef``: of GRPO's term, which has ``ref_logprobs`` in the fields."""
 
     def loss(gpt: GPT, hidden: Tensor, batch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
-        logprobs, entropy = gpt.vocab_logprobs(hidden, batch.tokens, batch.selected, temperature)
+        logprobs, entropy = token_logprobs(gpt, hidden, batch, temperature)
         return policy_loss(
             logprobs,
             batch.fields["logprobs"],
@@ -39,7 +41,7 @@ def value_objective(config: PPOAlgorithmConfig, normalizer: int) -> Loss:
 
     def loss(gpt: GPT, hidden: Tensor, batch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
         return value_loss(
-            gpt.values(hidden, batch.tokens, batch.selected),
+            token_values(gpt, hidden, batch)[0],
             batch.fields["values"],
             batch.fields["returns"],
             torch.ones_like(batch.selected, dtype=torch.bool),

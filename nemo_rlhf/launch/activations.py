@@ -2,8 +2,9 @@
 
 Counted tensor by tensor from the code that makes them (``parallel.layers``, ``parallel.attention``,
 ``parallel.elementwise``, ``parallel.logprobs``, ``generation``), as autograd keeps them with CUDA's fused attention and
-norms. Tests compare with the tensors that are really kept. That the last layer need not answer for prompts (on a CPU)
-is left out, as one short prompt in a microbatch undoes it.
+norms. Tests compare with the tensors that are really kept. Left out is what differs on a CPU: the last layer need not
+answer for prompts, and short sequences keep the weights of their attention. So is the last place of a row, which is
+not run.
 """
 
 from __future__ import annotations

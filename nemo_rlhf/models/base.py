@@ -106,9 +106,11 @@ class MegatronModel(ModelPT):
             multiple_of=state.tp_size() if self.gpt.config.sequence_parallel else 1,
         )
 
-    def with_graph(self, microbatch: schedule.Microbatch) -> schedule.Microbatch:
-        """With its hidden states: for ``forward`` now and for ``learn`` before the weights change, on one stage."""
-        return replace(microbatch, hidden=schedule.through(self.gpt, microbatch))
+    def with_graph(self, microbatch: schedule.Microbatch, head: schedule.Head) -> schedule.Microbatch:
+        """With what ``head`` says of it: for ``forward`` now and for ``learn`` before the weights change, on one
+        stage."""
+        hidden = schedule.through(self.gpt, microbatch)
+        return replace(microbatch, hidden=hidden, said=head(self.gpt, hidden, microbatch))
 
     def forward(  # type: ignore[override]
         self, microbatches: Sequence[schedule.Microbatch], compute: schedule.Compute, like: Tensor

@@ -11,6 +11,11 @@ from nemo_rlhf.parallel.gpt import GPT
 from nemo_rlhf.parallel.schedule import Microbatch
 
 
+def token_values(gpt: GPT, hidden: Tensor, batch: Microbatch) -> tuple[Tensor, ...]:
+    """(values [N] of the states before the selected tokens,)."""
+    return batch.said or (gpt.values(hidden, batch.tokens, batch.selected),)
+
+
 class CriticModel(MegatronModel):
     role = "critic"
     heads = ("value",)
@@ -19,6 +24,6 @@ class CriticModel(MegatronModel):
         """Values [B, S] fp32 of the states before the selected tokens."""
 
         def compute(gpt: GPT, hidden: Tensor, batch: Microbatch) -> dict[str, Tensor]:
-            return {"values": gpt.values(hidden, batch.tokens, batch.selected)}
+            return {"values": token_values(gpt, hidden, batch)[0]}
 
         return self.forward(microbatches, compute, like)["values"]

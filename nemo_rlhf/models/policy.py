@@ -11,6 +11,11 @@ from nemo_rlhf.parallel.gpt import GPT
 from nemo_rlhf.parallel.schedule import Microbatch
 
 
+def token_logprobs(gpt: GPT, hidden: Tensor, batch: Microbatch, temperature: float) -> tuple[Tensor, ...]:
+    """(log-probabilities, entropies) of the selected tokens, [N] each."""
+    return batch.said or gpt.vocab_logprobs(hidden, batch.tokens, batch.selected, temperature)
+
+
 class PolicyModel(MegatronModel):
     role = "policy"
 
@@ -18,7 +23,7 @@ class PolicyModel(MegatronModel):
         """Log-probabilities of the selected tokens, and entropies where they were drawn: [B, S] fp32 each."""
 
         def compute(gpt: GPT, hidden: Tensor, batch: Microbatch) -> dict[str, Tensor]:
-            logprobs, entropy = gpt.vocab_logprobs(hidden, batch.tokens, batch.selected, temperature)
+            logprobs, entropy = token_logprobs(gpt, hidden, batch, temperature)
             return {"logprobs": logprobs, "entropy": entropy}
 
         results = self.forward(microbatches, compute, like)

@@ -57,7 +57,8 @@ _Derivative = Callable[[Tensor, Tensor, Tensor], None]
 
 class _GatedUnit(torch.autograd.Function):
     """``activation(x, out)`` and ``derivative(grad, x, out)``, the gradient of its argument, write into ``out``, which
-    may be ``grad``: everything happens in the tensor that is returned."""
+    may be ``x``. The gradient is written over the input, of which nobody else needs the values: projections keep their
+    own inputs. Autograd refuses a second backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, activation: _Activation, derivative: _Derivative) -> Tensor:

@@ -29,7 +29,7 @@ class Microbatch:
     the batch says of those tokens; ``places`` [N] (host) their indices in the whole batch [B, S]; ``bounds`` says where
     the texts of a single row begin and end (see ``packing.join_row``), None where a row is a text; heads read hidden
     states from the place ``first_needed`` on, and not that of the last place where ``drops_last``; ``hidden`` are
-    those states with their graph, where they were computed before.
+    those states and ``said`` what a head said of them, with their graph, where they were computed before.
     """
 
     tokens: Tensor
@@ -40,9 +40,11 @@ class Microbatch:
     first_needed: int = 0
     drops_last: bool = False
     hidden: Tensor | None = None
+    said: tuple[Tensor, ...] | None = None
 
 
 Loss = Callable[[GPT, Tensor, Microbatch], tuple[Tensor, dict[str, Tensor]]]
+Head = Callable[[GPT, Tensor, Microbatch], tuple[Tensor, ...]]
 Compute = Callable[[GPT, Tensor, Microbatch], dict[str, Tensor]]
 
 
