@@ -61,7 +61,9 @@ def gradients(model: GPT, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     learner = ModelOptimizer(model, OptimConfig(), total_steps=1)
     learner.zero_grad()
     lengths = torch.full((len(tokens),), tokens.size(1))
-    forward_backward(learner.ddp, cut(tokens, mask, lengths, range(len(tokens)), micro_batch_size=1), loss)
+    multiple_of = state.tp_size() if model.config.sequence_parallel else 1
+    microbatches = cut(tokens, mask, lengths, range(len(tokens)), micro_batch_size=1, multiple_of=multiple_of)
+    forward_backward(learner.ddp, microbatches, loss)
 
     weights = weight_map(model.architecture)
     place = Cut(state.tp_rank(), state.tp_size(), model.padded_vocab_size)
