@@ -63,8 +63,9 @@ def cut(
     """Microbatches of the given rows of a batch of host tensors [B, S], moved to this rank's device.
 
     Rows are grouped by length, so little is computed on padding. ``multiple_of`` rounds the padded length up
-    (sequence parallelism splits it, and needs to be told: otherwise the last place is left out). ``together``: so many rows that follow each other in the batch stay side by side
-    in one microbatch (the two of a pair); ``rows`` names the first of each, and ``micro_batch_size`` counts groups.
+    (sequence parallelism splits it, and needs to be told: otherwise the last place is left out). ``together``: so many
+    rows that follow each other in the batch stay side by side in one microbatch (the two of a pair); ``rows`` names the
+    first of each, and ``micro_batch_size`` counts groups.
     ``reads``: whether heads want the states before the selected tokens or at them.
     """
     earlier = 1 if reads == "before" else 0
