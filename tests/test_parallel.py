@@ -22,7 +22,7 @@ from nemo_rlhf.parallel import attention, schedule, state
 from nemo_rlhf.parallel import logprobs as logprobs_module
 from nemo_rlhf.parallel.attention import KVCache, SDPACoreAttention
 from nemo_rlhf.parallel.elementwise import GeGLU, SwiGLU, rms_norm
-from nemo_rlhf.parallel.gpt import GPT, build_gpt
+from nemo_rlhf.parallel.gpt import GPT, _at, _before, build_gpt
 from nemo_rlhf.parallel.logprobs import vocab_parallel_logprobs
 from nemo_rlhf.parallel.offload import Offload, Swap
 from nemo_rlhf.parallel.settings import transformer_config
@@ -464,6 +464,20 @@ def test_long_sequences_go_another_way_to_the_same_result(kind: str, monkeypatch
     for ours, theirs in zip(results[0][1], results[1][1], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-5)
+
+
+def test_the_last_place_is_run_only_where_a_head_reads_it(model: GPT) -> None:
+    tokens, mask = torch.randint(0, 131, (3, 12)), torch.zeros(3, 12, dtype=torch.bool)
+    mask[:, 7:] = True
+    whole = model(tokens, torch.arange(12).expand(3, 12))
+    for reads, places in (("before", range(6, 11)), ("at", range(7, 12))):
+        (microbatch,) = schedule.cut(tokens, mask, torch.full((3,), 12), range(3), micro_batch_size=3, reads=reads)
+        hidden = schedule.through(model, microbatch)
+        torch.testing.assert_close(hidden, whole[list(places)], rtol=1e-5, atol=1e-5)
+        read = _before if reads == "before" else _at
+        expected = torch.stack([whole[place, row] for row in range(3) for place in places])
+        for states in (hidden, whole):
+            torch.testing.assert_close(read(states, tokens, microbatch.selected), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_hidden_states_that_are_there_are_not_computed_again(model: GPT) -> None:

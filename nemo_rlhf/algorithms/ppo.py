@@ -207,8 +207,7 @@ class PPO(Algorithm):
             values = None
             if self.critic is not None:
                 values = self.critic.values(self._kept(self.critic, microbatches, token_values), tokens)
-        learns = self.completed_steps >= self.config.ppo.critic_warmup_steps
-        if learns:
+        if self.completed_steps >= self.config.ppo.critic_warmup_steps:  # otherwise the policy does not learn
             head = partial(token_logprobs, temperature=temperature)
             microbatches = self._kept(self.policy, microbatches, head)
         logprobs, entropy = self.policy.logprobs(microbatches, temperature, tokens)

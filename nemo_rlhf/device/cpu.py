@@ -228,12 +228,11 @@ def _patch_gradients() -> None:
             main_grad.add_(grad.t() @ inputs)
 
     layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=accumulate)
-    layers._grad_accum_fusion_available = True
-    buffers.dist_all_gather_func = _less_alone(buffers.dist_all_gather_func)
-    buffers.dist_reduce_scatter_func = _less_alone(buffers.dist_reduce_scatter_func)
+    buffers.dist_all_gather_func = _without_self_copies(buffers.dist_all_gather_func)
+    buffers.dist_reduce_scatter_func = _without_self_copies(buffers.dist_reduce_scatter_func)
 
 
-def _less_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+def _without_self_copies(collective: Callable[..., Any]) -> Callable[..., Any]:
     """A collective over parts of one buffer, which in a group of one rank is left where it is; one number still goes,
     because not every torch allows a coalescing manager without an operation."""
 

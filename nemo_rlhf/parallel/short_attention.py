@@ -1,7 +1,7 @@
 """Causal self-attention of short sequences on a CPU, from the projection's output to the input of the next one.
 
 torch's fused kernel goes through tiles, which pays where the scores of all pairs do not fit into a cache. Where they
-do, batched products over all heads are faster, and twice as fast backwards; and as splitting and rotating are part of
+do, batched products over all heads are faster, backwards by half; and as splitting and rotating are part of
 the function, gradients of queries, keys and values are written where the projection reads them, without a copy.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nemo_rlhf.parallel.elementwise import call, rotate_into
 
-LONGEST = 160  # tokens; from there on the fused kernel is faster
+LONGEST = 160  # tokens; beyond, the fused kernel is faster forwards (docs/performance.md)
 
 
 class _ShortAttention(torch.autograd.Function):
@@ -30,9 +30,7 @@ class _ShortAttention(torch.autograd.Function):
         rotate_into(query.permute(3, 0, 1, 2, 4), mixed[first:, ..., :queries, :], *scaled)
         rotate_into(key.permute(2, 0, 1, 3).unsqueeze(3), mixed[..., queries:-1, :], cos, sin)
         query, key = query.view(batch * groups, queries * asked, channels), key.view(batch * groups, length, channels)
-        places = torch.arange(length, device=mixed.device)
-        hidden = torch.zeros(asked, length, device=mixed.device)
-        hidden.masked_fill_(places > places[first:, None], -torch.inf)
+        hidden = torch.full((asked, length), -torch.inf, device=mixed.device).triu_(first + 1)
         scores = torch.bmm(query, key.transpose(1, 2)).add_(hidden.repeat(queries, 1))
         weights = torch.softmax(scores, -1, out=scores)
         ctx.save_for_backward(mixed, query, key, weights, cos, sin)
