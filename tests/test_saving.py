@@ -41,7 +41,7 @@ def test_what_is_saved_is_what_was_there_when_it_was_asked_for(place: Path, foun
         assert said["early"] is False and said["there"] is False and said["polls"] > 1
         assert said["pending"] is None and said["again"] == [False, False]
     tensors = [name for name in files(place / "by_ranks") if name.endswith(".distcp")]
-    assert len(tensors) > 4
+    assert len(tensors) >= 4  # one or two of each rank, of the model and of the optimizer
     assert files(place / "beside") == files(place / "by_ranks")
 
 

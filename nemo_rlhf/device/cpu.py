@@ -152,6 +152,7 @@ def _patch_cuda() -> None:
     cuda: Any = torch.cuda
     cuda.current_device = _constant(_CPU)
     cuda.device_count = _constant(1)
+    cuda.is_available = _constant(False)  # torch built with CUDA would count devices, where Lightning asks it to
     # torch's Adam looks for a CUDA graph under capture, where torch was built with CUDA
     cuda.is_current_stream_capturing = _constant(False)
     torch.optim.Optimizer._accelerator_graph_capture_health_check = _constant(None)  # type: ignore[method-assign]

@@ -39,7 +39,7 @@ class KVCache(BaseInferenceContext):
     """
 
     def __init__(self, num_slots: int, max_sequence_length: int) -> None:
-        super().__init__(materialize_only_last_token_logits=False)
+        # megatron's __init__, of other arguments from 0.17 on, keeps what is asked of logits: a GPT makes none
         self.num_slots = num_slots
         self.max_sequence_length = max_sequence_length
         self._layers: dict[Any, tuple[Tensor, Tensor]] = {}

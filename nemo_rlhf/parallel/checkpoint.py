@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,8 @@ class SaveError(OSError):
     """A checkpoint could not be written; what was there before is untouched. Every rank raises it in the same words."""
 
 
+# 0.17 would have another package write, and would have to be told not to
+_BY_MEGATRON = {"async_strategy": "mcore"} if "async_strategy" in signature(dist_checkpointing.save).parameters else {}
 _turns = itertools.count()  # of together, the same on every rank
 _take: Callable[[AsyncRequest], None] | None = None  # who writes what save_tensors plans; None: it writes itself
 _FAILURES = (OSError, RuntimeError, CheckpointException, CheckpointingException)
@@ -80,7 +83,7 @@ def save_tensors(sharded_state: dict[str, Any], directory: Path) -> None:
         dist_checkpointing.save(sharded_state, str(directory))
     else:
         filesystem_async._results_queue = Mailbox()
-        _take(dist_checkpointing.save(sharded_state, str(directory), async_sharded_save=True))
+        _take(dist_checkpointing.save(sharded_state, str(directory), async_sharded_save=True, **_BY_MEGATRON))
 
 
 @contextmanager

@@ -7,6 +7,7 @@ travel to them. Ranks of an expert-parallel group therefore go through the model
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import torch
@@ -29,6 +30,12 @@ def _mend_router() -> None:
     """megatron-core 0.16.1 asks whether Transformer Engine's matrix product is None, but does not define it without."""
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def submodules_of(spec: Any) -> Any:
+    """What a module is made of: megatron-core describes it by a ModuleSpec, 0.17 experts and 0.18 all feed-forward
+    parts by a partial function."""
+    return spec.keywords["submodules"] if isinstance(spec, functools.partial) else spec.submodules
 
 
 def expert_settings(architecture: Architecture, grouped: bool) -> dict[str, Any]:
@@ -89,12 +96,12 @@ def layer_specs(
 def _sparse(config: TransformerConfig, dense: ModuleSpec, norm: Any) -> ModuleSpec:
     layer = copy.deepcopy(dense)
     parts = layer.submodules
-    activation = parts.mlp.submodules.activation_func
+    activation = submodules_of(parts.mlp).activation_func
     grouped = config.moe_grouped_gemm
     parts.pre_mlp_layernorm = norm
     parts.mlp = get_moe_module_spec(use_te=grouped, num_experts=config.num_moe_experts, moe_grouped_gemm=grouped)
     if activation is not None:
-        parts.mlp.submodules.experts.submodules.activation_func = activation
+        submodules_of(submodules_of(parts.mlp).experts).activation_func = activation
     # one name in checkpoints, whether Transformer Engine built the layer or not: its layers do not fuse this norm
     parts.sharded_state_dict_keys_map = {
         name: other for name, other in parts.sharded_state_dict_keys_map.items() if name != "pre_mlp_layernorm."

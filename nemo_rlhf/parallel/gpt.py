@@ -21,7 +21,6 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from torch import Tensor
 
 from nemo_rlhf import device
@@ -36,6 +35,8 @@ from nemo_rlhf.parallel.settings import Recompute, rotary_frequencies, transform
 
 Role = Literal["policy", "critic", "ilql", "trunk"]
 _WITHOUT_OUTPUT = ("critic", "trunk")  # have no output layer, so their embedding is tied to nothing
+# what makes a module work on a part of the sequence
+_SPLIT = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
 VOCABULARY_MULTIPLE = 8  # rows a tensor-parallel rank: what matrix units like
 
 
@@ -300,11 +301,11 @@ def build_gpt(
         check_policy(architecture)
     config = transformer_config(architecture, dtype=dtype, sequence_parallel=sequence_parallel, recompute=recompute)
     model = GPT(architecture, config, role).to(device.torch_device())
-    for module in model.modules():  # megatron marks split weights only where it also initialises them
-        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding) and module.weight is not None:
-            set_tensor_model_parallel_attributes(module.weight, True, 0, 1)
-        elif isinstance(module, RowParallelLinear):
-            set_tensor_model_parallel_attributes(module.weight, True, 1, 1)
+    for module in model.modules():  # megatron before 0.18 marks split weights only where it also initialises them
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
+            weight, split = module.weight, 1 if isinstance(module, RowParallelLinear) else 0
+            if weight is not None and not hasattr(weight, "partition_dim"):
+                set_tensor_model_parallel_attributes(weight, True, split, 1)
     mark_experts(model)
     for parameter in model.parameters():
         parameter.data.fill_(float("nan"))  # a weight that nobody loads must not pass for one
@@ -313,12 +314,15 @@ def build_gpt(
 
 @contextmanager
 def sequence_parallel_off(model: GPT) -> Iterator[None]:
-    """Generation works on single tokens, which cannot be split along the sequence."""
-    was_on = model.config.sequence_parallel
-    if was_on:
-        set_model_to_sequence_parallel(model, False)
+    """Generation works on single tokens, which cannot be split along the sequence. megatron's own switch remembers a
+    model's modules by its id, which another model may get when it is gone."""
+    switches = [
+        (owner, name) for owner in (model.config, *model.modules()) for name in _SPLIT if owner.__dict__.get(name)
+    ]
+    for owner, name in switches:
+        setattr(owner, name, False)
     try:
         yield
     finally:
-        if was_on:
-            set_model_to_sequence_parallel(model, True)
+        for owner, name in switches:
+            setattr(owner, name, True)

@@ -21,7 +21,7 @@ from nemo_rlhf import device
 from nemo_rlhf.config.architecture import Architecture
 from nemo_rlhf.parallel.attention import CachedSelfAttention, SDPACoreAttention, add_to_last_rows, sdpa
 from nemo_rlhf.parallel.elementwise import GELU, GeGLU, SwiGLU, rms_norm
-from nemo_rlhf.parallel.experts import layer_specs
+from nemo_rlhf.parallel.experts import layer_specs, submodules_of
 
 
 def uses_transformer_engine() -> bool:
@@ -75,7 +75,7 @@ def _local_block(config: TransformerConfig, architecture: Architecture) -> Trans
     parts.self_attn_bda = add_to_last_rows
     if architecture.qk_norm:
         parts.self_attention.submodules.q_layernorm = parts.self_attention.submodules.k_layernorm = norm
-    parts.mlp.submodules.activation_func = _ACTIVATIONS[architecture.activation, architecture.gated]
+    submodules_of(parts.mlp).activation_func = _ACTIVATIONS[architecture.activation, architecture.gated]
     return TransformerBlockSubmodules(layer_specs=layer_specs(config, architecture, layer, norm), layer_norm=norm)
 
 

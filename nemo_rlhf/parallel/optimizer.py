@@ -24,6 +24,7 @@ from nemo_rlhf.parallel.offload import Offload
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
+# What follows mends 0.16.1, and 0.17 to 0.19.2 need it as it stands.
 def _mend_torch_adam() -> None:
     """megatron-core 0.16.1 expects apex's or Transformer Engine's Adam when its distributed optimizer is saved.
 
@@ -57,7 +58,7 @@ def _mend_torch_adam() -> None:
         group, place = self.model_param_group_index_map[model_param]
         main = self.optimizer.param_groups[group]["params"][place]
         for name, value in {"param": main, **self.optimizer.state[main]}.items():
-            if name != "step":
+            if name != "step" and isinstance(value, torch.Tensor):
                 value.copy_(tensors[name])
 
     DistributedOptimizer.state_dict = state_dict

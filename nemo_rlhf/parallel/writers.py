@@ -20,10 +20,29 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, TemporalAsyncCaller
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 from nemo_rlhf.parallel import manifest
 
 _PR_SET_PDEATHSIG = 1
+
+
+def _mend_reasons() -> None:
+    """megatron-core from 0.17 on keeps of what went wrong with a file the type alone, where it writes it itself and not
+    in a thread; what is raised it quotes."""
+    original = FileSystemWriterAsync.write_preloaded_data
+
+    @functools.wraps(original)
+    def write(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        if result is not None and kwargs.get("results_queue") is None and isinstance(result[1], Exception):
+            raise result[1]
+        return result
+
+    FileSystemWriterAsync.write_preloaded_data = staticmethod(write)  # type: ignore[method-assign]
+
+
+_mend_reasons()
 
 
 class Mailbox:
@@ -64,8 +83,10 @@ class Writer:
         write = functools.partial(_write, request.async_fn, root, self._entries, tie)
         self._caller.schedule_async_call(request._replace(async_fn=write))
         _, buckets, self._results = request.async_fn_args
-        # megatron keeps the list for its length; the new process has the tensors, and this one need not hold them
+        # megatron keeps the list for its length; the new process has the tensors, and this one need not hold them, nor
+        # the copies on the host that megatron keeps from 0.17 on
         buckets[:] = [None] * len(buckets)
+        self._caller.preloaded_holder = None
 
     def is_done(self) -> bool:
         """Whether this rank's process has ended, well or not."""

@@ -138,8 +138,7 @@ def _nan_in(step: int, result: dict[str, Any]) -> Iterator[None]:
 
 def fail_alone(directory: str) -> str:
     """Rank 0 fails in what only rank 0 writes, while the others go on to a collective; what each rank says then."""
-    from megatron.core.dist_checkpointing import ShardedTensor
-    from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+    from megatron.core.dist_checkpointing import ShardedTensor, serialization
 
     from nemo_rlhf.parallel import checkpoint, state
 
@@ -153,7 +152,7 @@ def fail_alone(directory: str) -> str:
         checkpoint.save_tensors({"weights": weights, "plain": 3}, partial / "weights")
 
     full = OSError(28, "No space left on device")
-    with mock.patch.object(TorchCommonSaveStrategy, "save_common", side_effect=full if rank == 0 else None):
+    with mock.patch.object(serialization, "save_config", side_effect=full if rank == 0 else None):
         try:
             checkpoint.write_atomically(Path(directory) / "checkpoint", write)
         except checkpoint.SaveError as error:

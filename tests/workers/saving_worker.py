@@ -99,10 +99,10 @@ def held(until: Path) -> Iterator[None]:
     """Processes that are forked inside write nothing before the file ``until`` is there."""
     original = WRITER.write_preloaded_data
 
-    def wait_and_write(*args: Any, **kwargs: Any) -> None:
+    def wait_and_write(*args: Any, **kwargs: Any) -> Any:
         while not until.exists():
             time.sleep(0.02)
-        original(*args, **kwargs)
+        return original(*args, **kwargs)
 
     with mock.patch.object(WRITER, "write_preloaded_data", staticmethod(wait_and_write)):
         yield
