@@ -56,10 +56,10 @@ def run_distributed(
     Raises DistributedFailure with the traceback of the first failing rank, or the output's end where a rank died
     or was still running after ``timeout_s``. No process outlives the call.
     """
-    with tempfile.TemporaryDirectory(prefix="ranks-") as name, _turn():
+    with tempfile.TemporaryDirectory(prefix="ranks-") as name, turn():
         directory = Path(name)
         _dump(payload, directory / "payload")
-        shared = _environment(world_size) | (env or {})
+        shared = rank_environment(world_size) | (env or {})
         processes = [_start(worker, rank, directory, shared, timeout_s) for rank in range(world_size)]
         try:
             _wait(processes, directory, time.monotonic() + timeout_s, timeout_s)
@@ -71,7 +71,7 @@ def run_distributed(
 
 
 @contextmanager
-def _turn() -> Iterator[None]:
+def turn() -> Iterator[None]:
     """Test files run side by side, but groups of ranks one after the other: two of them on the same cores wait for each
     other at every collective."""
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
@@ -80,7 +80,7 @@ def _turn() -> Iterator[None]:
         yield
 
 
-def _environment(world_size: int) -> dict[str, str]:
+def rank_environment(world_size: int) -> dict[str, str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,11 +19,13 @@ from nemo_rlhf.convert.source import RandomSource
 from nemo_rlhf.models.policy import token_logprobs
 from nemo_rlhf.parallel import attention, schedule, state
 from nemo_rlhf.parallel import logprobs as logprobs_module
-from nemo_rlhf.parallel.attention import KVCache, SDPACoreAttention
+from nemo_rlhf.parallel.attention import SDPACoreAttention
 from nemo_rlhf.parallel.elementwise import GeGLU, SwiGLU, rms_norm
 from nemo_rlhf.parallel.gpt import GPT, _at, _before, build_gpt
+from nemo_rlhf.parallel.kv_cache import KVCache
 from nemo_rlhf.parallel.logprobs import vocab_parallel_logprobs
 from nemo_rlhf.parallel.offload import Offload, Swap
+from nemo_rlhf.parallel.packing import packed_texts
 from nemo_rlhf.parallel.settings import transformer_config
 from nemo_rlhf.parallel.short_attention import short_attention
 from tests.spawn import run_distributed
@@ -193,7 +194,9 @@ def projections(queries: int, keys: int, batch: int, groups: int = 2) -> list[Te
 
 
 def core_attention() -> SDPACoreAttention:
-    config = transformer_config(ARCHITECTURE, dtype=torch.float32, sequence_parallel=False, recompute=None)
+    config = transformer_config(
+        ARCHITECTURE, dtype=torch.float32, sequence_parallel=False, recompute=None, layer_spec="local"
+    )
     return SDPACoreAttention(config, 1, AttnMaskType.causal, "self")
 
 
@@ -268,18 +271,16 @@ def test_one_query_over_keys_of_many_lengths(groups: int, form: str) -> None:
 
 
 def test_packed_sequences_attend_within_themselves() -> None:
-    """Five sequences side by side, an empty one and one of a single token among them, and padding at the end."""
-    bounds = [0, 5, 5, 6, 15, 18]
+    """Five texts side by side, one of a single token among them."""
+    bounds = [0, 5, 6, 15, 18, 20]
     query, key, value = (x.squeeze(1).detach().requires_grad_() for x in projections(20, 20, 1))
-    packing = PackedSeqParams(qkv_format="thd", cu_seqlens_q=torch.tensor(bounds), cu_seqlens_kv=torch.tensor(bounds))
+    packing = packed_texts(torch.tensor(bounds))
     fast = core_attention()(query, key, value, None, AttnMaskType.causal, packed_seq_params=packing)
     parts = []
     for start, end in pairwise(bounds):
-        if end > start:
-            rows = [x[start:end, None] for x in (query, key, value)]
-            parts.append(slow_attention(*rows, causal(end - start, 1)).squeeze(1))
-    slow = torch.cat([*parts, torch.zeros(2, 64, dtype=torch.float64)])
-    assert_same_attention([query, key, value], fast, slow)
+        rows = [x[start:end, None] for x in (query, key, value)]
+        parts.append(slow_attention(*rows, causal(end - start, 1)).squeeze(1))
+    assert_same_attention([query, key, value], fast, torch.cat(parts))
 
 
 # ---- the cache

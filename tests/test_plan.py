@@ -86,6 +86,7 @@ CASES = {
         Case("bf16", LLAMA, precision="bf16", generate=True),
         Case("tied, full recomputation", TIED, precision="bf16", recompute="full"),
         Case("selective recomputation", LLAMA, recompute="selective"),
+        Case("experts, selective recomputation", MIXED, recompute="selective"),
         Case("tied, normed heads", TIED),
         Case("gpt2", GPT2),
         Case("gemma with biases", GEMMA, precision="bf16"),
@@ -158,7 +159,7 @@ def test_activations_within_a_tenth(measured) -> None:
             case.role,
             cut,
             found.stage,
-            replace(passage, recompute=case.recompute),
+            replace(passage, recompute=case.recompute, layer_spec=case.layer_spec),
             MICROBATCHES,
             _itemsize(case),
         )
@@ -187,6 +188,7 @@ def test_the_cache_is_exact(measured) -> None:
         Case("head after recomputation", replace(LLAMA, vocab_size=5000), recompute="full"),
         Case("layer", LARGE, precision="bf16"),
         Case("recomputed layer", LARGE, recompute="full"),
+        Case("recomputed feed-forward part", LARGE, recompute="selective"),
         Case("critic", LARGE, role="critic", precision="bf16", recompute="full"),
         Case("ilql", replace(LARGE, vocab_size=2000, ilql_num_q=2, ilql_head_width=400), role="ilql"),
     ],
@@ -202,7 +204,7 @@ def test_whole_peaks_within_a_tenth(case: Case) -> None:
     if case.role == "policy":
         assert evaluation_bytes(*args, 0, passage, size) == pytest.approx(evaluation, rel=0.1)
         cache = cache_bytes(*args, SLOTS, LENGTH + NEW_TOKENS, size)
-        prefill = prefill_bytes(case.architecture, Cut(), SLOTS, LENGTH, size)
+        prefill = prefill_bytes(case.architecture, Cut(), SLOTS, LENGTH, LENGTH + NEW_TOKENS, size)
         drawing = sampling_bytes(*args, SLOTS, size)
         assert cache + max(prefill, drawing) == pytest.approx(rollout, rel=0.1)
 

@@ -14,7 +14,7 @@ from nemo_rlhf.data.order import Stream
 from nemo_rlhf.data.texts import read_texts
 from nemo_rlhf.data.tokenizer import load_tokenizer
 from nemo_rlhf.parallel import state
-from nemo_rlhf.parallel.packing import fill_rows, join_row, positions_of
+from nemo_rlhf.parallel.packing import fill_rows, join_row, packed_texts
 from tests.conftest import Tiny
 from tests.jobs import metrics_of
 from tests.spawn import run_distributed
@@ -99,7 +99,8 @@ def test_a_joined_row_says_where_its_texts_are() -> None:
     assert row.tolist() == [[8, 9, 0, 1, 2, 3, 0, 0]]
     assert places.tolist() == [8, 9, 0, 1, 2, 3]
     assert bounds.tolist() == [0, 2, 6, 8]
-    assert positions_of(bounds).tolist() == [[0, 1, 0, 1, 2, 3, 0, 1]]
+    packing = packed_texts(bounds)
+    assert packing.positions.tolist() == [[0, 1, 0, 1, 2, 3, 0, 1]] and packing.sizes == (2, 4, 2)
 
 
 # ---- whole runs, in this process

@@ -6,6 +6,7 @@ import atexit
 import logging
 import warnings
 
+import torch
 import torch.distributed as dist
 from nemo.utils import logging as nemo_logging
 
@@ -36,6 +37,7 @@ def begin(model: BaseModelConfig, trainer: HardwareConfig, seed: int) -> None:
         timeout_s=trainer.timeout_s,
         expert_parallel=model.expert_model_parallel_size,
     )
+    torch.set_float32_matmul_precision(trainer.matmul_precision)  # containers may have allowed TF32
     watch.start(trainer.heartbeat_timeout_s)
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)

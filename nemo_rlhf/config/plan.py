@@ -26,6 +26,7 @@ class PlanSectionConfig:
     global_batch_size: int = 128  # samples of one optimizer step
     epochs: int = 1  # ppo: passes over a step's samples; rft: its improve_steps
     precision: str = "bf16"  # of weights and activations: "32" | "bf16"
+    layer_spec: str = "transformer_engine"  # whose modules layers are made of: "transformer_engine" | "local"
     tensor_model_parallel_size: int | None = None  # plans with this one only; null: whatever is best
     pipeline_model_parallel_size: int | None = None  # the same
     expert_model_parallel_size: int | None = None  # the same
@@ -42,6 +43,7 @@ class ClusterConfig:
     reserve_gib: float = 6.0  # of it, for the CUDA context, NCCL and fragmentation
     host_memory_gib: float = 1800.0  # of a node, for what is offloaded
     tflops: float = 989.0  # peak of dense matrix products in bf16
+    tflops_fp32: float = 67.0  # the same in fp32, without TF32
     utilisation: float = 0.4  # share of it that matrix products reach, communication not counted
     memory_gb_per_s: float = 3350.0  # between a GPU and its memory
     nvlink_gb_per_s: float = 450.0  # between GPUs of a node
@@ -76,6 +78,7 @@ _CHOICES = {
     "algorithm": ("ppo", "rft", "ilql", "sft", "reward"),
     "advantage": ("gae", "rloo", "grpo"),
     "precision": ("32", "bf16"),
+    "layer_spec": ("transformer_engine", "local"),
 }
 
 

@@ -25,6 +25,7 @@ class HardwareConfig:
     devices: int = 1  # processes (one GPU each) per node
     num_nodes: int = 1  # nodes of the job
     precision: str = "32"  # of weights and activations: "32" | "bf16"
+    matmul_precision: str = "highest"  # of products in fp32: "highest" | "high", with TF32 where a GPU has it
     timeout_s: int = 1800  # seconds that a collective may wait for another rank before the job ends
     heartbeat_timeout_s: int = 120  # seconds without a sign of life from a rank before the job ends
 
@@ -72,6 +73,7 @@ class BaseModelConfig:
     tensor_model_parallel_size: int = 1  # ranks that share each layer
     pipeline_model_parallel_size: int = 1  # ranks that share the stack of layers
     expert_model_parallel_size: int = 1  # tensor- and data-parallel ranks that share each layer's experts
+    layer_spec: str = "auto"  # whose modules: "transformer_engine" | "local"; "auto": the former on GPUs that have it
 
 
 @dataclass
@@ -79,7 +81,7 @@ class ModelConfig(BaseModelConfig):
     sequence_parallel: bool = False  # split norms and residuals along the sequence over the tensor-parallel ranks
     micro_batch_size: int = 1  # samples in one forward and backward pass of one data-parallel rank
     global_batch_size: int = 128  # samples of one optimizer step over all data-parallel ranks
-    activations_checkpoint_granularity: str | None = None  # recompute: null nothing | "selective" attention | "full"
+    activations_checkpoint_granularity: str | None = None  # recompute: null nothing | "selective" feed-forward | "full"
     optim: OptimConfig = field(default_factory=OptimConfig)
 
 

@@ -134,8 +134,10 @@ _OPTIMS = ("model.optim", "model.critic.optim", "ppo.feedback.optim")
 # Keys that take one of a few words; None stands for null.
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "trainer.precision": ("32", "bf16"),
+    "trainer.matmul_precision": ("highest", "high"),
     "exp_manager.checkpoint_callback_params.mode": ("max", "min"),
     "model.init": ("pretrained", "random"),
+    "model.layer_spec": ("auto", "transformer_engine", "local"),
     "model.activations_checkpoint_granularity": (None, "selective", "full"),
     "model.optim.sched.name": _SCHEDULES,
     "model.critic.optim.sched.name": _SCHEDULES,

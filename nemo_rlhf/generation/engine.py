@@ -22,10 +22,10 @@ from nemo_rlhf.generation.ending import Ending
 from nemo_rlhf.generation.sampling import SamplingParams, sample_tokens
 from nemo_rlhf.generation.slots import GoOn, Scheduler, Work
 from nemo_rlhf.parallel import state
-from nemo_rlhf.parallel.attention import KVCache
 from nemo_rlhf.parallel.experts import goes_in_step
 from nemo_rlhf.parallel.gpt import GPT, sequence_parallel_off
-from nemo_rlhf.parallel.layers import uses_transformer_engine
+from nemo_rlhf.parallel.kv_cache import KVCache
+from nemo_rlhf.parallel.shapes import padded_length, padded_rows
 from nemo_rlhf.types import Request, Sample
 
 CACHE_MULTIPLE = 64  # the cache's length is a multiple of it
@@ -96,7 +96,7 @@ class Engine:
         if go_on is not None:
             longest = self._max_sequence_length
         length = -(-longest // CACHE_MULTIPLE) * CACHE_MULTIPLE
-        with _without_autograd(), _evaluating(self._model), sequence_parallel_off(self._model):
+        with _without_autograd(self._model), _evaluating(self._model), sequence_parallel_off(self._model):
             _run(scheduler, _Stage(self._model, sampling, scheduler.group_sizes, length, self._forbidden))
         return scheduler.samples()
 
@@ -203,6 +203,7 @@ class _Stage:
         self._model = model
         self._sampling = sampling
         self._forbidden = forbidden
+        self._max_length = max_length
         self._caches = [KVCache(size, max_length) for size in group_sizes]
         self._idle_cache = KVCache(1, CACHE_MULTIPLE)
         self._sending: deque[tuple[Any, Tensor]] = deque()
@@ -265,9 +266,14 @@ class _Stage:
             return tokens, positions, torch.zeros_like(positions[:, 0])
         new = [row.new_ids for row in work.rows]
         longest = max(map(len, new))
+        if work.prefill:
+            longest = padded_length(longest, self._max_length)
         padded = [[*ids, *[0] * (longest - len(ids))] for ids in new]
         # a later turn's padding stays within the positions that there are
         places = [[min(row.cached + place, row.length - 1) for place in range(longest)] for row in work.rows]
+        if work.prefill:  # rows that are nobody's, where shapes are to be few
+            nobody = [[0] * longest] * (padded_rows(len(new)) - len(new))
+            padded, places = padded + nobody, places + nobody
         tokens, positions = torch.tensor([padded, places], device=self._device)
         return tokens, positions, torch.tensor([len(ids) - 1 for ids in new], device=self._device)
 
@@ -315,9 +321,9 @@ class _Stage:
 
 
 @contextmanager
-def _without_autograd() -> Iterator[None]:
+def _without_autograd(model: GPT) -> Iterator[None]:
     # inference mode is cheaper, but Transformer Engine keeps tensors between calls, which training must be able to save
-    with torch.inference_mode(not uses_transformer_engine()), torch.no_grad():
+    with torch.inference_mode(model.layer_spec == "local"), torch.no_grad():
         yield
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from nemo_rlhf.generation.ending import Ending
 from nemo_rlhf.generation.sampling import INVALID_TOKEN
+from nemo_rlhf.parallel.shapes import padded_length, padded_rows
 from nemo_rlhf.types import FinishReason, Request, Sample
 
 REFILL_SHARE = 0.125  # of a group's slots must be free before a prefill interrupts its decoding
@@ -168,10 +169,15 @@ class Scheduler:
         while self._queue and len(taken) < count:
             # the first is the longest of them, to which the others are padded
             longest = len(taken[0].new_ids) if taken else 0
-            if taken and longest * (len(taken) + 1) > PREFILL_TOKENS:
+            if taken and _pass_tokens(len(taken) + 1, longest) > PREFILL_TOKENS:
                 break
             taken.append(self._queue.popleft())
         return taken
+
+
+def _pass_tokens(rows: int, longest: int) -> int:
+    """Of one pass, with what it is padded by."""
+    return padded_rows(rows) * padded_length(longest, PREFILL_TOKENS)
 
 
 def _bounded(waiting: Sequence[int], running: Sequence[Running]) -> list[int]:

@@ -1,8 +1,8 @@
 """Bytes of what depends on tokens: activations kept for the backward pass, key-value caches, logits.
 
 Counted tensor by tensor from the code that makes them (``parallel.layers``, ``parallel.attention``,
-``parallel.elementwise``, ``parallel.logprobs``, ``generation``), as autograd keeps them with CUDA's fused attention and
-norms. Tests compare with the tensors that are really kept. Left out is what differs on a CPU: the last layer need not
+``parallel.elementwise``, ``parallel.logprobs``, ``generation``, and Transformer Engine's modules), as autograd keeps them
+with CUDA's fused attention and norms. Tests compare with the tensors that are really kept. Left out is what differs on a CPU: the last layer need not
 answer for prompts, and short sequences keep the weights of their attention. So is the last place of a row, which is
 not run.
 """
@@ -12,8 +12,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from nemo_rlhf.config.architecture import Architecture
+from nemo_rlhf.config.buckets import bucket_length, bucket_rows
 from nemo_rlhf.launch.parameters import FP32, Cut, Role, num_trunks, padded_vocabulary, stage_layers
 
 INT64 = 8
@@ -22,19 +24,29 @@ PREFILL_TOKENS = 16384  # of one prefill at most
 CHUNK_ELEMENTS = 2**26  # logits that exist at a time on a GPU, each in fp32
 
 
+Backward = Literal["separate", "fused"]  # how gradients of weights are made: for themselves, or added up at once
+
+
 @dataclass(frozen=True)
 class Passage:
     """What goes through a model at a time: ``rows`` texts of ``length`` tokens, ``selected`` of which (over all rows)
-    the loss is about. ``recompute``: null | "selective" | "full", as in the configuration."""
+    the loss is about. ``recompute`` (null | "selective" | "full") and ``layer_spec`` (not "auto"): as in the
+    configuration."""
 
     rows: int
     length: int
     selected: int
     recompute: str | None = None
+    layer_spec: str = "local"
 
     @property
     def tokens(self) -> int:
         return self.rows * self.length
+
+    @property
+    def engine(self) -> bool:
+        """Whether layers are Transformer Engine's."""
+        return self.layer_spec == "transformer_engine"
 
 
 def layer_bytes(architecture: Architecture, layer: int, cut: Cut, passage: Passage, itemsize: int) -> int:
@@ -45,32 +57,39 @@ def layer_bytes(architecture: Architecture, layer: int, cut: Cut, passage: Passa
     queries, keys = heads * channels, architecture.num_query_groups // cut.tp * channels
     moments = FP32 * (1 if architecture.normalization == "rmsnorm" else 2)  # of a norm's input
 
-    norms = 2 * shard * (architecture.hidden_size * (_normed_itemsize(architecture, itemsize) + itemsize) + moments)
+    normed = _normed_itemsize(architecture, passage, itemsize)
+    norms = 2 * shard * (architecture.hidden_size * (normed + itemsize) + moments)
+    if passage.recompute == "selective" and passage.engine and not architecture.is_sparse(layer):
+        norms -= shard * (architecture.hidden_size * itemsize + moments)  # one is a part of the feed-forward part
     attention = tokens * (queries + 2 * keys) * itemsize  # before rotation, of which values are a view
     attention += tokens * queries * itemsize  # the output
     if architecture.position_embedding == "rope":
-        attention += tokens * (queries + keys) * itemsize + passage.length * channels * itemsize
+        attention += tokens * (queries + keys) * itemsize
+        attention += 0 if passage.engine else passage.length * channels * itemsize  # cosines and sines
     if architecture.qk_norm:
         attention += tokens * (queries * itemsize + (heads + keys // channels) * moments)
-    if passage.recompute is None:
-        attention += tokens * heads * FP32  # log-sum-exp of the scores
+    attention += tokens * heads * FP32  # log-sum-exp of the scores
     return norms + attention + _feed_forward_bytes(architecture, layer, cut, passage, itemsize)
 
 
-def _normed_itemsize(architecture: Architecture, itemsize: int) -> int:
-    """Bytes of a number of a norm's input: zero-centred ones make an fp32 copy."""
-    return FP32 if architecture.zero_centered_norm else itemsize
+def _normed_itemsize(architecture: Architecture, passage: Passage, itemsize: int) -> int:
+    """Bytes of a number of a norm's input: zero-centred ones make an fp32 copy, where they are not one kernel."""
+    return FP32 if architecture.zero_centered_norm and not passage.engine else itemsize
 
 
 def _feed_forward_bytes(architecture: Architecture, layer: int, cut: Cut, passage: Passage, itemsize: int) -> int:
     inputs = 2 if architecture.gated else 1
+    selective = passage.recompute == "selective"
     if not architecture.is_sparse(layer):
-        return passage.tokens * (inputs + 1) * architecture.ffn_hidden_size // cut.tp * itemsize
+        return 0 if selective else passage.tokens * (inputs + 1) * architecture.ffn_hidden_size // cut.tp * itemsize
+    if selective and not passage.engine:
+        return 0
     shard = passage.tokens // cut.tp if cut.sequence_parallel else passage.tokens
     visits = shard * architecture.experts_per_token  # where every expert gets as many tokens
     width = architecture.expert_ffn_hidden_size
     # the tokens in the order of experts, fc1's output, the activation's before and after its weight, and that weight
-    visited = visits * ((architecture.hidden_size + (inputs + 2) * width) * itemsize + FP32)
+    activations = 0 if selective else 2
+    visited = visits * ((architecture.hidden_size + (inputs + activations) * width) * itemsize + FP32)
     # which expert, with which weight, and where each token went
     return visited + visits * (2 * INT64 + FP32) + shard * architecture.num_experts * (1 + FP32)
 
@@ -95,7 +114,7 @@ def ends_bytes(architecture: Architecture, role: Role, cut: Cut, stage: int, pas
         return kept
     shard = passage.tokens // cut.tp if cut.sequence_parallel else passage.tokens
     moments = FP32 * (1 if architecture.normalization == "rmsnorm" else 2)
-    normed = shard * (architecture.hidden_size * _normed_itemsize(architecture, itemsize) + moments)
+    normed = shard * (architecture.hidden_size * _normed_itemsize(architecture, passage, itemsize) + moments)
     kept += num_trunks(architecture, role) * normed
     rows = passage.selected
     if role == "critic":
@@ -114,7 +133,7 @@ def update_bytes(
     architecture: Architecture, role: Role, cut: Cut, stage: int, passage: Passage, microbatches: int, itemsize: int
 ) -> int:
     """Activations at the peak of an update: as many microbatches as the 1F1B schedule has under way on this stage, and
-    with full recomputation the layer that is being recomputed."""
+    what is being recomputed of one layer."""
     under_way = min(cut.pp - stage, microbatches)
     trunks = num_trunks(architecture, role)
     layers = trunks * stage_bytes(architecture, cut, stage, passage, itemsize)
@@ -123,14 +142,17 @@ def update_bytes(
     hidden = shard * architecture.hidden_size * itemsize
     if stage < cut.pp - 1:  # what goes to the next stage is kept until its gradient comes
         layers += trunks * hidden
-    if passage.recompute != "full":
+    if passage.recompute is None:
         return under_way * (layers + ends)
     whole = replace(passage, recompute=None)
+    # of a layer that is recomputed as a whole, the input was kept anyway
     recomputed = max(
-        layer_bytes(architecture, layer, cut, whole, itemsize) for layer in stage_layers(architecture, cut.pp, stage)
+        layer_bytes(architecture, layer, cut, whole, itemsize)
+        - (hidden if passage.recompute == "full" else layer_bytes(architecture, layer, cut, passage, itemsize))
+        for layer in stage_layers(architecture, cut.pp, stage)
     )
-    # the head is done with when the last layer is recomputed, whose input was kept anyway
-    return (under_way - 1) * (layers + ends) + layers + max(ends, recomputed - hidden)
+    # the head is done with when the last layer is recomputed
+    return (under_way - 1) * (layers + ends) + layers + max(ends, recomputed)
 
 
 def update_peak(
@@ -139,7 +161,8 @@ def update_peak(
     """(activations, logits, other temporaries) at the moment of an update when they are the most: while a layer is gone
     through backwards, or before, while the head is."""
     args = architecture, role, cut, stage, passage, microbatches, itemsize
-    in_layer = update_bytes(*args), 0, layer_temporaries(architecture, cut, passage.tokens, itemsize, backward=True)
+    backward: Backward = "fused" if passage.engine else "separate"
+    in_layer = update_bytes(*args), 0, layer_temporaries(architecture, cut, passage.tokens, itemsize, backward)
     if stage < cut.pp - 1:
         return in_layer
     kept = num_trunks(architecture, role) * stage_bytes(architecture, cut, stage, passage, itemsize)
@@ -148,10 +171,13 @@ def update_peak(
     return max(in_layer, in_head, key=sum)
 
 
-def layer_temporaries(architecture: Architecture, cut: Cut, tokens: int, itemsize: int, backward: bool) -> int:
+def layer_temporaries(
+    architecture: Architecture, cut: Cut, tokens: int, itemsize: int, backward: Backward | None
+) -> int:
     """Gone as soon as a layer is done, at their most in the feed-forward part: its inner tensors and three as wide as
     the model (its input, the residual and the one before), or their gradients. Backward, with few tokens, the gradient
-    of a weight is more: by then, what was kept of the inner tensors is gone."""
+    of a weight is more, unless it is made where gradients add up ("fused"): by then, what was kept of the inner tensors
+    is gone."""
     width = architecture.ffn_hidden_size // cut.tp
     share = tokens
     if architecture.num_experts and not architecture.dense_layers:
@@ -159,7 +185,7 @@ def layer_temporaries(architecture: Architecture, cut: Cut, tokens: int, itemsiz
         share = tokens * architecture.experts_per_token // (cut.tp if cut.sequence_parallel else 1)
     inputs = 2 if architecture.gated else 1
     inner = (inputs + 1) * width * share
-    if backward:
+    if backward == "separate":
         weight = width * architecture.hidden_size
         inner = max(inner, inputs * weight - width * share, weight + width * share)
     return (3 * architecture.hidden_size * tokens + inner) * itemsize
@@ -184,7 +210,7 @@ def evaluation_bytes(
     architecture: Architecture, role: Role, cut: Cut, stage: int, passage: Passage, itemsize: int
 ) -> int:
     """The peak of a forward pass without a backward one, in a layer or in the head."""
-    in_layer = layer_temporaries(architecture, cut, passage.tokens, itemsize, backward=False)
+    in_layer = layer_temporaries(architecture, cut, passage.tokens, itemsize, None)
     if stage < cut.pp - 1 or role == "critic":
         return in_layer
     columns = padded_vocabulary(architecture, cut.tp) // cut.tp
@@ -193,19 +219,27 @@ def evaluation_bytes(
     return max(in_layer, hidden + 2 * FP32 * chunk * columns)
 
 
+def _cache_length(longest: int) -> int:
+    return math.ceil(longest / CACHE_MULTIPLE) * CACHE_MULTIPLE
+
+
 def cache_bytes(architecture: Architecture, role: Role, cut: Cut, slots: int, longest: int, itemsize: int) -> int:
     """Keys and values of all slots on a pipeline stage, each as long as the longest sequence may become."""
-    length = math.ceil(longest / CACHE_MULTIPLE) * CACHE_MULTIPLE
+    length = _cache_length(longest)
     groups = architecture.num_query_groups // cut.tp
     layers = num_trunks(architecture, role) * architecture.num_layers // cut.pp
     return 2 * layers * slots * groups * length * architecture.kv_channels * itemsize
 
 
-def prefill_bytes(architecture: Architecture, cut: Cut, slots: int, prompt: int, itemsize: int) -> int:
-    """The largest prefill: prompts of a group's slots, as many as may go together. Not split along the sequence."""
-    rows = min(math.ceil(slots / cut.pp), max(1, PREFILL_TOKENS // prompt))
+def prefill_bytes(architecture: Architecture, cut: Cut, slots: int, prompt: int, longest: int, itemsize: int) -> int:
+    """The largest prefill: prompts of a group's slots, as many as may go together, padded as on GPUs. Not split along
+    the sequence."""
+    length = min(bucket_length(prompt), _cache_length(longest))
+    rows = bucket_rows(math.ceil(slots / cut.pp))
+    while rows > 1 and rows * bucket_length(prompt) > PREFILL_TOKENS:
+        rows //= 2
     whole = Cut(cut.tp, cut.pp, cut.dp, cut.ep)
-    return layer_temporaries(architecture, whole, rows * prompt, itemsize, backward=False)
+    return layer_temporaries(architecture, whole, rows * length, itemsize, None)
 
 
 def sampling_bytes(architecture: Architecture, role: Role, cut: Cut, slots: int, itemsize: int) -> int:

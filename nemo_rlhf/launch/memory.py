@@ -42,7 +42,7 @@ def generating(model: Model, cut: Cut, stage: int, slots: int, prompt: int, long
     what, size = model.architecture, model.itemsize
     cache = cache_bytes(what, model.role, cut, slots, longest, size)
     drawing = sampling_bytes(what, model.role, cut, slots, size) if stage == cut.pp - 1 else 0
-    prefill = prefill_bytes(what, cut, slots, prompt, size)
+    prefill = prefill_bytes(what, cut, slots, prompt, longest, size)
     return (cache, 0, prefill) if prefill > drawing else (cache, drawing, 0)
 
 

@@ -90,7 +90,7 @@ def plans(work: Work, cut: Cut) -> Iterator[Plan]:
     share = asked.global_batch_size // cut.dp
     sizes = MICRO_BATCHES if asked.micro_batch_size is None else (asked.micro_batch_size,)
     for size in (size for size in sizes if share % size == 0):
-        for recompute in (None, "full"):  # attention keeps no scores: "selective" would save next to nothing
+        for recompute in (None, "selective", "full"):
             for slots in _slots(work, cut):
                 plain = Plan(cut, size, recompute, slots)
                 yield from _residences(work, plain) if work.reference is not None else [plain]

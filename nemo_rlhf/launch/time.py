@@ -77,8 +77,9 @@ def _head_weights(model: Model) -> int:
 
 
 def _rate(work: Work) -> float:
-    """Operations a second that matrix products reach on one GPU; fp32 at half the rate (TF32)."""
-    return work.cluster.tflops * 1e12 * work.cluster.utilisation * (1 if work.model.itemsize == 2 else 0.5)
+    """Operations a second that matrix products reach on one GPU."""
+    peak = work.cluster.tflops if work.model.itemsize == 2 else work.cluster.tflops_fp32
+    return peak * 1e12 * work.cluster.utilisation
 
 
 def _between(work: Work, ranks: int) -> float:
@@ -123,17 +124,29 @@ def _forward(work: Work, plan: Plan, model: Model, selected: int) -> float:
 
 def _learn(work: Work, plan: Plan, model: Model) -> float:
     """Seconds in which ``model`` learns from each of a step's samples once: forward, twice as much backward (and the
-    gathers of sequence parallelism once more), a second forward with full recomputation, the pipeline's bubble, and
-    the exchange of gradients and weights with every optimizer step."""
+    gathers of sequence parallelism once more), what is recomputed, the pipeline's bubble, and the exchange of gradients
+    and weights with every optimizer step."""
     cut, batch = plan.cut, work.config.plan.global_batch_size
-    again = 1 if plan.recompute == "full" else 0
-    one = _microbatch(work, plan, model, plan.micro_batch_size * work.rows, work.learned, 3 + again, 2.5 + again)
+    again, sent_again = _recomputed(model, work.length, plan.recompute)
+    rows = plan.micro_batch_size * work.rows
+    one = _microbatch(work, plan, model, rows, work.learned, 3 + again, 2.5 + sent_again)
     count = batch // cut.dp // plan.micro_batch_size
     mine = held(model, cut, 0, True)
     bandwidth = _between(work, cut.tp * cut.dp)
     gradients = (cut.dp - 1) / cut.dp * (mine.gradients + mine.weights) / bandwidth
     step = 3 * mine.optimizer / (work.cluster.memory_gb_per_s * 1e9)
     return work.samples / batch * ((count + cut.pp - 1) * one + gradients + step)
+
+
+def _recomputed(model: Model, length: int, recompute: str | None) -> tuple[float, float]:
+    """Shares of a forward pass, of its operations and of its communication, that the backward pass repeats."""
+    if recompute != "selective":
+        return (1, 1) if recompute == "full" else (0, 0)
+    what = model.architecture
+    dense = sum(not what.is_sparse(layer) for layer in range(what.num_layers))
+    inputs = 3 if what.gated else 2
+    repeated = num_trunks(what, model.role) * dense * 2 * inputs * what.hidden_size * what.ffn_hidden_size * length
+    return repeated / forward_flops(model, length, 0), 0.5 * dense / what.num_layers
 
 
 def _prefill(work: Work, plan: Plan) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from nemo_rlhf.config.architecture import Architecture
+from nemo_rlhf.config.buckets import bucket_length
 from nemo_rlhf.config.plan import ClusterConfig, PlanConfig
 from nemo_rlhf.launch.activations import Passage
 from nemo_rlhf.launch.parameters import Cut, Role
@@ -67,8 +68,10 @@ class Work:
         return 2 if self.config.plan.algorithm == "reward" else 1
 
     def passage(self, micro_batch_size: int, recompute: str | None) -> Passage:
+        """What a microbatch is, its rows padded as on GPUs."""
         rows = micro_batch_size * self.rows
-        return Passage(rows, self.length, rows * self.learned, recompute)
+        length = max(self.length, min(bucket_length(self.length), self.model.architecture.max_position_embeddings))
+        return Passage(rows, length, rows * self.learned, recompute, self.config.plan.layer_spec)
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ class MegatronModel(ModelPT):
             dtype=DTYPES[precision],
             sequence_parallel=config.sequence_parallel,
             recompute=config.activations_checkpoint_granularity,  # type: ignore[arg-type]
+            layer_spec=config.layer_spec,
         )
         self.learner: ModelOptimizer | None = None
         self._weights: Offload | None = None
@@ -86,6 +87,7 @@ class MegatronModel(ModelPT):
             lengths,
             rows[state.dp_rank() :: state.dp_size()],
             micro_batch_size=self.config.micro_batch_size,
+            limit=self.architecture.max_position_embeddings,
             fields=fields,
             multiple_of=state.tp_size() if self.gpt.config.sequence_parallel else 1,
             together=together,

@@ -34,6 +34,7 @@ from nemo_rlhf.parallel.writers import Mailbox
 
 WEIGHTS = "weights"
 PARTIAL = ".partial"
+_EXTRA = "_extra_state"  # Transformer Engine's, for FP8: which modules have one depends on what wrote a checkpoint
 # What gives the weights their shapes and their meaning.
 _SHAPING = [
     "family",
@@ -151,11 +152,11 @@ def load_model(model: GPT, directory: Path, missing: Collection[str] = ()) -> No
     """
     weights = Path(directory) / WEIGHTS
     _check_architecture(model.architecture, Path(directory))
-    wanted = {name: value for name, value in _model_state(model).items() if name not in missing}
+    wanted = {n: v for n, v in _model_state(model).items() if n not in missing and _EXTRA not in n}
     loaded = load_tensors(wanted, weights, strict="assume_ok_unexpected")
     incompatible = model.load_state_dict(loaded, strict=False)
     model.zero_vocabulary_padding()
-    absent = [n for n in incompatible.missing_keys if n not in missing and not n.endswith("_extra_state")]
+    absent = [n for n in incompatible.missing_keys if n not in missing and _EXTRA not in n]
     if absent:
         raise ValueError(f"{directory} lacks the weight {absent[0]}: it belongs to another architecture.")
 

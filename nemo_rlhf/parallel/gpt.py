@@ -26,11 +26,13 @@ from torch import Tensor
 from nemo_rlhf import device
 from nemo_rlhf.config.architecture import Architecture
 from nemo_rlhf.parallel import state
-from nemo_rlhf.parallel.attention import KVCache, later_queries
+from nemo_rlhf.parallel.attention import later_queries
 from nemo_rlhf.parallel.experts import check_policy, mark_experts
 from nemo_rlhf.parallel.heads import ILQLHeads, ILQLScores
+from nemo_rlhf.parallel.kv_cache import KVCache
 from nemo_rlhf.parallel.layers import block_spec
-from nemo_rlhf.parallel.logprobs import vocab_parallel_logprobs
+from nemo_rlhf.parallel.libraries import LayerSpec, choose_layer_spec
+from nemo_rlhf.parallel.logprobs import fp32_product, vocab_parallel_logprobs
 from nemo_rlhf.parallel.settings import Recompute, rotary_frequencies, transformer_config
 
 Role = Literal["policy", "critic", "ilql", "trunk"]
@@ -68,13 +70,15 @@ class GPT(GPTModel):
     post_process: bool
     output_layer: Any
 
-    def __init__(self, architecture: Architecture, config: TransformerConfig, role: Role) -> None:
-        self.architecture, self.role = architecture, role
+    def __init__(
+        self, architecture: Architecture, config: TransformerConfig, role: Role, layer_spec: LayerSpec
+    ) -> None:
+        self.architecture, self.role, self.layer_spec = architecture, role, layer_spec
         self.padded_vocab_size = padded_vocab_size(architecture.vocab_size, config.tensor_model_parallel_size)
         rotary = architecture.position_embedding == "rope"
         super().__init__(
             config,
-            block_spec(config, architecture),
+            block_spec(config, architecture, layer_spec),
             vocab_size=self.padded_vocab_size,
             max_sequence_length=architecture.max_position_embeddings,
             pre_process=state.is_first_stage(),
@@ -84,14 +88,15 @@ class GPT(GPTModel):
         )
         self.value_trunk: GPT | None = None
         if role == "ilql" and architecture.ilql_value_trunk:
-            self.value_trunk = GPT(architecture, config, "trunk")
+            self.value_trunk = GPT(architecture, config, "trunk", layer_spec)
         if rotary:
             self.rotary_pos_emb.inv_freq = rotary_frequencies(architecture).to(device.torch_device())
             self.forget_rotary_angles()
         elif self.pre_process:
             self.embedding.position_embeddings.to(config.params_dtype)  # megatron makes it fp32
         # on CUDA the mask would cost flash attention
-        self._trims = self.post_process and not config.sequence_parallel and not device.is_cuda()
+        trims = layer_spec == "local" and not device.is_cuda()
+        self._trims = trims and self.post_process and not config.sequence_parallel
         if self._trims:
             self.decoder.layers[-1].self_attention.trims_queries = True
         if role in _WITHOUT_OUTPUT and self.post_process:
@@ -200,8 +205,9 @@ class GPT(GPTModel):
         return state.tp_rank() * rows, (state.tp_rank() + 1) * rows
 
     def output_logits(self, hidden: Tensor) -> Tensor:
-        """Logits [N, padded vocabulary / TP] of hidden states [N, H], without gradient to other ranks: for sampling."""
-        return F.linear(self._of_trunks(hidden)[0], self.output_weight())
+        """Logits [N, padded vocabulary / TP] of hidden states [N, H], fp32, without gradient to other ranks: for
+        sampling."""
+        return fp32_product(self._of_trunks(hidden)[0], self.output_weight())
 
     def guided_logits(self, hidden: Tensor, beta: float, adv_clip: float | None) -> Tensor:
         """The same plus ``beta * (min target Q - V)``, fp32: log-probabilities that ILQL's heads guide (Snell et
@@ -210,7 +216,7 @@ class GPT(GPTModel):
         advantages = self.ilql_heads.advantages(self._of_trunks(hidden)[1])
         if adv_clip is not None:
             advantages = advantages.clamp(-adv_clip, adv_clip)
-        return self.output_logits(hidden).float() + beta * advantages
+        return self.output_logits(hidden) + beta * advantages
 
     def vocab_logprobs(
         self, hidden: Tensor, tokens: Tensor, selected: Tensor, temperature: float = 1.0
@@ -291,16 +297,22 @@ def build_gpt(
     dtype: torch.dtype = torch.float32,
     sequence_parallel: bool = False,
     recompute: Recompute | None = None,
+    layer_spec: str = "auto",
 ) -> GPT:
     """This rank's part of a model, its weights yet to be loaded, on this rank's device.
 
+    ``layer_spec``: see ``libraries.choose_layer_spec``.
+
     Raises:
-        ValueError: the model cannot be cut as the process groups ask.
+        ValueError: the model cannot be cut as the process groups ask, or built of the modules that are asked for.
     """
     if role != "critic":
         check_policy(architecture)
-    config = transformer_config(architecture, dtype=dtype, sequence_parallel=sequence_parallel, recompute=recompute)
-    model = GPT(architecture, config, role).to(device.torch_device())
+    spec = choose_layer_spec(layer_spec)
+    config = transformer_config(
+        architecture, dtype=dtype, sequence_parallel=sequence_parallel, recompute=recompute, layer_spec=spec
+    )
+    model = GPT(architecture, config, role, spec).to(device.torch_device())
     for module in model.modules():  # megatron before 0.18 marks split weights only where it also initialises them
         if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
             weight, split = module.weight, 1 if isinstance(module, RowParallelLinear) else 0

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nemo_rlhf import device
 from nemo_rlhf.parallel import state
-from nemo_rlhf.parallel.logprobs import vocab_parallel_q, vocab_parallel_taken
+from nemo_rlhf.parallel.logprobs import fp32_product, vocab_parallel_q, vocab_parallel_taken
 
 _SPLIT = re.compile(r"(target_)?q\.\d+\.weight")  # rows of the vocabulary
 Normal = Callable[[str, tuple[int, ...]], Tensor]  # standard normal values by name and shape
@@ -83,7 +83,7 @@ class QHead(_Trunk):
     @torch.no_grad()
     def all(self, hidden: Tensor) -> Tensor:
         """Q [N, padded vocabulary / TP] of this rank's rows, fp32, without gradient."""
-        return F.linear(self.features(hidden), self.weight).float()
+        return fp32_product(self.features(hidden), self.weight)
 
 
 class ILQLHeads(MegatronModule):

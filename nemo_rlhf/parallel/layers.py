@@ -1,4 +1,4 @@
-"""Which modules a layer is made of: Transformer Engine's when importable, otherwise megatron's local ones."""
+"""Which modules a layer is made of: Transformer Engine's, or megatron's local ones with torch's kernels."""
 
 from __future__ import annotations
 
@@ -7,25 +7,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from nemo_rlhf import device
 from nemo_rlhf.config.architecture import Architecture
 from nemo_rlhf.parallel.attention import CachedSelfAttention, SDPACoreAttention, add_to_last_rows, sdpa
 from nemo_rlhf.parallel.elementwise import GELU, GeGLU, SwiGLU, rms_norm
 from nemo_rlhf.parallel.experts import layer_specs, submodules_of
-
-
-def uses_transformer_engine() -> bool:
-    return HAVE_TE and device.is_cuda()
+from nemo_rlhf.parallel.libraries import LayerSpec
 
 
 class RMSNorm(torch.nn.Module):
@@ -80,7 +76,17 @@ def _local_block(config: TransformerConfig, architecture: Architecture) -> Trans
 
 
 def _transformer_engine_block(config: TransformerConfig, architecture: Architecture) -> TransformerBlockSubmodules:
-    from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm
+    from megatron.core.extensions.transformer_engine import TEActivationOp, TEDotProductAttention, TENorm
+
+    class Activation(MegatronModule):
+        """Transformer Engine's kernel of a (gated) activation. Its own module cannot be saved by megatron."""
+
+        def __init__(self, config: TransformerConfig) -> None:
+            super().__init__(config)
+            self._kernel = TEActivationOp(config).forward
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self._kernel(x)  # type: ignore[no-any-return]
 
     class CoreAttention(TEDotProductAttention):
         """Transformer Engine's attention, except for a decoding step: its mask is one of slots with own lengths."""
@@ -95,11 +101,14 @@ def _transformer_engine_block(config: TransformerConfig, architecture: Architect
     layer = copy.deepcopy(get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm))
     layer.submodules.self_attention.module = CachedSelfAttention
     layer.submodules.self_attention.submodules.core_attention = CoreAttention
+    submodules_of(layer.submodules.mlp).activation_func = Activation
     return TransformerBlockSubmodules(layer_specs=layer_specs(config, architecture, layer, TENorm), layer_norm=TENorm)
 
 
-def block_spec(config: TransformerConfig, architecture: Architecture) -> TransformerBlockSubmodules:
+def block_spec(
+    config: TransformerConfig, architecture: Architecture, layer_spec: LayerSpec
+) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage and the norm that ends the last one."""
-    if uses_transformer_engine():
+    if layer_spec == "transformer_engine":
         return _transformer_engine_block(config, architecture)
     return _local_block(config, architecture)

@@ -25,30 +25,24 @@ SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_a
 
 
 # What follows mends 0.16.1, and 0.17 to 0.19.2 need it as it stands.
-def _mend_torch_adam() -> None:
-    """megatron-core 0.16.1 expects apex's or Transformer Engine's Adam when its distributed optimizer is saved.
+def _mend_loading() -> None:
+    """megatron-core 0.16.1 loads a distributed optimizer's state as the same kind of Adam has saved it.
 
-    With torch's AdamW three things go wrong: ``state_dict`` asserts before the first step; after loading, all
-    parameters share one ``step`` tensor, which then advances once per parameter; and ``step`` is looked up among the
-    tensors of a parameter. Harmless with the other two, whose steps live elsewhere.
+    Torch's AdamW counts steps in a tensor of each parameter, apex's and Transformer Engine's in a number of each group,
+    and each keeps options in its groups that the others lack. With torch's, all parameters share one ``step`` after
+    loading, which then advances once per parameter, and ``step`` is looked up among the tensors of a parameter.
     """
-    if getattr(DistributedOptimizer, "_torch_adam_mended", False):
+    if getattr(DistributedOptimizer, "_loading_mended", False):
         return
-    original_state_dict, original_load = DistributedOptimizer.state_dict, DistributedOptimizer.load_state_dict
-
-    def state_dict(self: Any) -> Any:
-        if isinstance(self.optimizer, torch.optim.AdamW):
-            for group in self.optimizer.param_groups:
-                for parameter in group["params"]:
-                    entry = self.optimizer.state[parameter]
-                    if "step" not in entry:
-                        entry["step"] = torch.zeros(())
-                        entry["exp_avg"] = torch.zeros_like(parameter)
-                        entry["exp_avg_sq"] = torch.zeros_like(parameter)
-        return original_state_dict(self)
+    original_load = DistributedOptimizer.load_state_dict
 
     def load_state_dict(self: Any, loaded: Any) -> None:
+        for group in loaded["optimizer"]["param_groups"]:
+            group["step"] = int(group.get("step") or 0)  # none before the first one; torch's are floating point
         original_load(self, loaded)
+        for group in self.optimizer.param_groups:
+            for option, value in self.optimizer.defaults.items():
+                group.setdefault(option, value)
         for entry in self.optimizer.state.values():
             if isinstance(entry.get("step"), torch.Tensor):
                 entry["step"] = entry["step"].clone()
@@ -61,10 +55,9 @@ def _mend_torch_adam() -> None:
             if name != "step" and isinstance(value, torch.Tensor):
                 value.copy_(tensors[name])
 
-    DistributedOptimizer.state_dict = state_dict
     DistributedOptimizer.load_state_dict = load_state_dict
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states
-    DistributedOptimizer._torch_adam_mended = True
+    DistributedOptimizer._loading_mended = True
 
 
 class _WholeParameters:
@@ -133,6 +126,16 @@ def _mend_order(optimizer: DistributedOptimizer) -> None:
             optimizer.model_param_group_index_map[parameter] = (number, place)
 
 
+def _accumulate_in_products(model: GPT) -> None:
+    """Let products that make weights' gradients add them to the main gradients. Transformer Engine has such products on
+    GPUs, and the CPU's stand-in everywhere; megatron's own layers would need apex for it."""
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
+        elif isinstance(module, ColumnParallelLinear | RowParallelLinear) and not device.is_cuda():
+            module.gradient_accumulation_fusion = True
+
+
 class ModelOptimizer:
     """AdamW on one model, its gradients and states sharded over the data-parallel ranks.
 
@@ -146,7 +149,7 @@ class ModelOptimizer:
             ValueError: the model is cut in a way that can generate and score, but not learn.
         """
         check_trainable(model)
-        _mend_torch_adam()
+        _mend_loading()
         _mend_gathering()
         self.model, self.config = model, config
         self.ddp = DistributedDataParallel(
@@ -158,10 +161,7 @@ class ModelOptimizer:
             ),
             model,
         )
-        if not device.is_cuda():  # CUDA needs apex for it
-            for module in model.modules():
-                if isinstance(module, ColumnParallelLinear | RowParallelLinear):
-                    module.gradient_accumulation_fusion = True
+        _accumulate_in_products(model)
         model.config.finalize_model_grads_func = finalize_model_grads
         if device.is_cuda() and state.dp_size() > 1:
             model.config.no_sync_func = self.ddp.no_sync
@@ -181,9 +181,9 @@ class ModelOptimizer:
             ),
             [self.ddp],
         )
-        for part in self.optimizer.chained_optimizers:
-            if not part.is_stub_optimizer:
-                _mend_order(part)
+        self._parts = [part for part in self.optimizer.chained_optimizers if not part.is_stub_optimizer]
+        for part in self._parts:
+            _mend_order(part)
         self._choose_kernel()
         warmup = config.sched.warmup_steps
         self.scheduler = OptimizerParamScheduler(
@@ -205,11 +205,21 @@ class ModelOptimizer:
         self.scheduler.step(1)  # step n runs at the rate of n, so a warm-up does not begin with a step of rate 0
 
     def _choose_kernel(self) -> None:
-        """On a CPU torch's AdamW may go through memory once; a checkpoint brings along what another device chose."""
-        for part in self.optimizer.chained_optimizers:
-            if not part.is_stub_optimizer and isinstance(part.optimizer, torch.optim.AdamW):
+        """Torch's AdamW may go through memory once; a checkpoint brings along what another device chose."""
+        for part in self._parts:
+            if isinstance(part.optimizer, torch.optim.AdamW):
                 for group in part.optimizer.param_groups:
-                    group["fused"] = None if device.is_cuda() else True
+                    group["fused"] = True
+                for entry in part.optimizer.state.values():
+                    entry["step"] = entry["step"].to(device.torch_device())  # where the fused kernel wants it
+
+    def _begin_states(self) -> None:
+        """Give parameters that no step has seen yet the moments that they start with: zeros."""
+        for part in self._parts:
+            part.init_state_fn(part.optimizer, part.config)
+            if isinstance(part.optimizer, torch.optim.AdamW):
+                for entry in part.optimizer.state.values():
+                    entry.setdefault("step", torch.zeros((), device=device.torch_device()))
 
     def zero_grad(self) -> None:
         self.ddp.zero_grad_buffer()
@@ -224,8 +234,8 @@ class ModelOptimizer:
         norm = float(self.optimizer.get_grad_norm())
         if not math.isfinite(norm):
             return norm
-        for part in self.optimizer.chained_optimizers:
-            if self.config.clip_grad > 0 and not part.is_stub_optimizer and (parameters := part.get_parameters()):
+        for part in self._parts:
+            if self.config.clip_grad > 0 and (parameters := part.get_parameters()):
                 # by the norm of all: experts have an optimizer of their own
                 clip_grad_by_total_norm_fp32(parameters, self.config.clip_grad, norm)
         self.last_lr = float(self.optimizer.param_groups[0]["lr"])
@@ -234,6 +244,7 @@ class ModelOptimizer:
         return norm
 
     def sharded_state_dict(self, loading: bool) -> dict[str, Any]:
+        self._begin_states()
         metadata = {**SHARDING, "dp_cp_group": state.dp_group()}
         model_state = self.model.sharded_state_dict(metadata=metadata)
         return self.optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
@@ -251,10 +262,9 @@ class ModelOptimizer:
     def start_anew(self) -> None:
         """Forget all steps: no moments, the model's weights in the precision that they have, the schedule's start."""
         assert not self.is_offloaded
-        for part in self.optimizer.chained_optimizers:
-            if not part.is_stub_optimizer:
-                part.optimizer.state.clear()
-                part.reload_model_params()
+        for part in self._parts:
+            part.optimizer.state.clear()
+            part.reload_model_params()
         for group in self.optimizer.param_groups:
             group.pop("step", None)  # where apex and Transformer Engine count
         self.scheduler.num_steps = 0

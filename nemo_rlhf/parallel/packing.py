@@ -7,11 +7,14 @@ text and positions begin anew in each, so losses and gradients are those of text
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from dataclasses import dataclass
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
+
+from nemo_rlhf import device
+from nemo_rlhf.parallel.rotary import Rotation
 
 
 def fill_rows(lengths: Sequence[int], capacity: int, multiple_of: int) -> list[list[int]]:
@@ -50,15 +53,39 @@ def join_row(tokens: Tensor, lengths: Tensor, rows: Sequence[int], multiple_of: 
     return joined[None], places, bounds
 
 
-def positions_of(bounds: Tensor) -> Tensor:
-    """Positions [1, T] of tokens within their texts."""
-    starts, sizes = bounds[:-1].long(), bounds.diff().long()
-    return (torch.arange(int(bounds[-1]), device=bounds.device) - starts.repeat_interleave(sizes))[None]
+@dataclass
+class PackedTexts(PackedSeqParams):
+    """What attention must know of a row of texts, ``cu_seqlens_q`` and the like on the device as megatron wants them.
+
+    ``positions`` [1, T]: of tokens within their texts; ``sizes``: tokens of each text, on the host, so that no layer
+    asks the device.
+    """
+
+    positions: Tensor | None = None
+    sizes: tuple[int, ...] = ()
+    _rotation: Rotation | None = None
+
+    def rotation(self, angles: Tensor, dtype: torch.dtype, fused: bool) -> Rotation:
+        """From all ``angles`` [longest text or more, 1, 1, channels]; made by the first layer for all."""
+        if self._rotation is None:
+            assert self.positions is not None
+            self._rotation = Rotation(angles[self.positions[0]], dtype, fused)
+        return self._rotation
 
 
-def packed_sequences(bounds: Tensor) -> PackedSeqParams:
-    """``bounds`` as megatron wants them."""
-    longest = max(end - start for start, end in pairwise(bounds.tolist()))
-    return PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
+def packed_texts(bounds: Tensor) -> PackedTexts:
+    """Of ``join_row``'s host ``bounds``."""
+    sizes = bounds.diff().long()
+    starts = bounds[:-1].long().repeat_interleave(sizes)
+    positions = (torch.arange(int(bounds[-1]), device="cpu") - starts)[None]
+    to, longest = device.torch_device(), int(sizes.max())
+    on_device = bounds.to(to)
+    return PackedTexts(
+        qkv_format="thd",
+        cu_seqlens_q=on_device,
+        cu_seqlens_kv=on_device,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        positions=positions.to(to),
+        sizes=tuple(sizes.tolist()),
     )

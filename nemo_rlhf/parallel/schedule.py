@@ -1,7 +1,8 @@
 """The one way tokens go through a model: microbatches, megatron's pipeline schedules, and one forward closure.
 
 A batch is cut into microbatches of rows of like length, each padded to its own longest row. What is computed from the
-hidden states of a microbatch is a function of the caller: a loss to learn from, or per-token numbers to keep.
+hidden states of a microbatch is a function of the caller: a loss to learn from, or per-token numbers to keep. Both leave
+the model in training mode, so that the very kernels of training compute either: nothing here drops out.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from nemo_rlhf import device
 from nemo_rlhf.parallel import state
 from nemo_rlhf.parallel.experts import goes_in_step
 from nemo_rlhf.parallel.gpt import GPT
-from nemo_rlhf.parallel.packing import fill_rows, join_row, packed_sequences, positions_of
+from nemo_rlhf.parallel.packing import fill_rows, join_row, packed_texts
+from nemo_rlhf.parallel.shapes import padded_length, pads
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,10 @@ class Microbatch:
     """Rows that go through the model together.
 
     ``tokens`` [b, s]; ``selected`` [N] indices into ``tokens`` of the tokens under the mask; ``fields`` [N] each, what
-    the batch says of those tokens; ``places`` [N] (host) their indices in the whole batch [B, S]; ``bounds`` says where
-    the texts of a single row begin and end (see ``packing.join_row``), None where a row is a text; heads read hidden
-    states from the place ``first_needed`` on, and not that of the last place where ``drops_last``; ``hidden`` are
-    those states and ``said`` what a head said of them, with their graph, where they were computed before.
+    the batch says of those tokens; ``places`` [N] (host) their indices in the whole batch [B, S]; ``bounds`` (host) says
+    where the texts of a single row begin and end (see ``packing.join_row``), None where a row is a text; heads read
+    hidden states from the place ``first_needed`` on, and not that of the last place where ``drops_last``; ``hidden``
+    are those states and ``said`` what a head said of them, with their graph, where they were computed before.
     """
 
     tokens: Tensor
@@ -55,6 +57,7 @@ def cut(
     rows: Sequence[int],
     *,
     micro_batch_size: int,
+    limit: int,
     fields: Mapping[str, Tensor] | None = None,
     multiple_of: int = 1,
     together: int = 1,
@@ -62,8 +65,9 @@ def cut(
 ) -> list[Microbatch]:
     """Microbatches of the given rows of a batch of host tensors [B, S], moved to this rank's device.
 
-    Rows are grouped by length, so little is computed on padding. ``multiple_of`` rounds the padded length up
-    (sequence parallelism splits it, and needs to be told: otherwise the last place is left out). ``together``: so many
+    Rows are grouped by length, so little is computed on padding. ``limit``: tokens that the model has positions for;
+    on GPUs lengths are rounded up to few, but not beyond (``shapes.padded_length``). ``multiple_of`` rounds the padded
+    length up (sequence parallelism splits it, and needs to be told: otherwise the last place is left out). ``together``: so many
     rows that follow each other in the batch stay side by side in one microbatch (the two of a pair); ``rows`` names the
     first of each, and ``micro_batch_size`` counts groups.
     ``reads``: whether heads want the states before the selected tokens or at them.
@@ -74,7 +78,7 @@ def cut(
     microbatches = []
     for start in range(0, len(groups), micro_batch_size):
         chosen = torch.tensor([row for group in groups[start : start + micro_batch_size] for row in group])
-        length = -(-int(lengths[chosen].max()) // multiple_of) * multiple_of
+        length = padded_length(int(lengths[chosen].max()), limit, multiple_of)
         part_tokens = _columns(tokens[chosen], length)
         row, place = _columns(mask[chosen], length).nonzero(as_tuple=True)
         places = chosen[row] * tokens.size(1) + place
@@ -86,7 +90,7 @@ def cut(
                 fields={name: field.reshape(-1)[places].to(to) for name, field in (fields or {}).items()},
                 places=places,
                 first_needed=max(0, int(place.min()) - earlier) if len(place) else 0,
-                drops_last=bool(earlier) and length > 1 and multiple_of == 1,
+                drops_last=bool(earlier) and length > 1 and multiple_of == 1 and not pads(),
             )
         )
     return microbatches
@@ -113,7 +117,7 @@ def pack(
     for texts in filled[replica::num_replicas]:
         joined, places, bounds = join_row(tokens, lengths, [rows[text] for text in texts], multiple_of)
         selected = mask.reshape(-1)[places].nonzero().squeeze(1)
-        microbatches.append(Microbatch(joined.to(to), selected.to(to), {}, places[selected], bounds.to(to)))
+        microbatches.append(Microbatch(joined.to(to), selected.to(to), {}, places[selected], bounds))
     return microbatches
 
 
@@ -127,8 +131,8 @@ def through(model: Any, microbatch: Microbatch) -> Tensor:
     if microbatch.hidden is not None:
         return microbatch.hidden
     if microbatch.bounds is not None:
-        packing = packed_sequences(microbatch.bounds)
-        return model(microbatch.tokens, positions_of(microbatch.bounds), packed_seq_params=packing)
+        packing = packed_texts(microbatch.bounds)
+        return model(microbatch.tokens, packing.positions, packed_seq_params=packing)
     tokens = microbatch.tokens[:, :-1] if microbatch.drops_last else microbatch.tokens
     positions = torch.arange(tokens.size(1), device=tokens.device)[None].expand_as(tokens)
     return model(tokens, positions, first_needed=microbatch.first_needed)
@@ -194,12 +198,7 @@ def forward(model: Any, microbatches: Sequence[Microbatch], compute: Compute, li
     def no_loss(gpt: GPT, hidden: Tensor, microbatch: Microbatch) -> tuple[Tensor, Any]:
         return hidden.new_zeros(()), (microbatch.places, compute(gpt, hidden, microbatch))
 
-    was_training = model.training
-    model.eval()
-    try:
-        outputs: list[Any] = _run(model, microbatches, no_loss, forward_only=True)
-    finally:
-        model.train(was_training)
+    outputs: list[Any] = _run(model, microbatches, no_loss, forward_only=True)
     names = _share_from_last_stage(sorted(outputs[0][1]) if outputs else None)
     results = {}
     for name in names:
@@ -216,12 +215,7 @@ def forward_sums(model: GPT, microbatches: Sequence[Microbatch], loss: Loss) -> 
     microbatches = _in_step(model, microbatches)
     if not microbatches:
         return {}
-    was_training = model.training
-    model.eval()
-    try:
-        outputs = _run(model, microbatches, loss, forward_only=True)
-    finally:
-        model.train(was_training)
+    outputs = _run(model, microbatches, loss, forward_only=True)
     names = sorted(outputs[0]) if outputs else []
     return _share_from_last_stage({name: sum(float(output[name]) for output in outputs) for name in names})
 

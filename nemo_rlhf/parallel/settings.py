@@ -12,9 +12,8 @@ from torch import Tensor
 from nemo_rlhf import device
 from nemo_rlhf.config.architecture import Architecture
 from nemo_rlhf.parallel import state
-from nemo_rlhf.parallel.elementwise import gelu_tanh
 from nemo_rlhf.parallel.experts import expert_settings
-from nemo_rlhf.parallel.layers import uses_transformer_engine
+from nemo_rlhf.parallel.libraries import LayerSpec
 
 Recompute = Literal["selective", "full"]
 
@@ -37,8 +36,6 @@ def _check_sizes(architecture: Architecture, tensor_parallel: int, pipeline_para
 
 def _computation(architecture: Architecture) -> dict[str, Any]:
     """What its layers compute, in the names of megatron's configuration."""
-    fused = uses_transformer_engine()
-    activation = {"silu": F.silu, "gelu_tanh": gelu_tanh if fused else F.gelu}[architecture.activation]
     windowed = [int(layer in architecture.windowed_layers) for layer in range(architecture.num_layers)]
     window = architecture.sliding_window if any(windowed) else None
     return {
@@ -47,10 +44,10 @@ def _computation(architecture: Architecture) -> dict[str, Any]:
         "layernorm_zero_centered_gamma": architecture.zero_centered_norm,
         "qk_layernorm": architecture.qk_norm,
         "gated_linear_unit": architecture.gated,
-        # without Transformer Engine the layer spec has a module for it, which megatron enables by this name and only
-        # beside functions of its own list
-        "activation_func": activation,
-        "use_te_activation_func": not fused,
+        # both layer specs have a module for it, which megatron enables by this name and only beside functions of its own
+        # list; Transformer Engine's GELU is the tanh approximation
+        "activation_func": {"silu": F.silu, "gelu_tanh": F.gelu}[architecture.activation],
+        "use_te_activation_func": True,
         "add_bias_linear": architecture.linear_bias,
         "add_qkv_bias": architecture.qkv_bias,
         "window_size": None if window is None else (window - 1, 0),
@@ -58,8 +55,26 @@ def _computation(architecture: Architecture) -> dict[str, Any]:
     }
 
 
+def _recomputation(architecture: Architecture, recompute: Recompute | None, grouped: bool) -> dict[str, Any]:
+    """What to compute anew in the backward pass. ``selective``: the feed-forward part, which keeps the most; attention
+    keeps no scores, so there is nothing to save in it."""
+    if recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if recompute is None:
+        return {}
+    modules = ["mlp"]
+    if architecture.num_experts:  # tokens do not travel to experts a second time, where megatron can do without
+        modules.append("moe_act" if grouped else "moe")
+    return {"recompute_granularity": "selective", "recompute_modules": modules}
+
+
 def transformer_config(
-    architecture: Architecture, *, dtype: torch.dtype, sequence_parallel: bool, recompute: Recompute | None
+    architecture: Architecture,
+    *,
+    dtype: torch.dtype,
+    sequence_parallel: bool,
+    recompute: Recompute | None,
+    layer_spec: LayerSpec,
 ) -> TransformerConfig:
     """megatron's configuration for this model on the current process groups. Dropout is off: RL needs ratios of 1.
 
@@ -68,11 +83,7 @@ def transformer_config(
     """
     tensor_parallel, pipeline_parallel = state.tp_size(), state.pp_size()
     _check_sizes(architecture, tensor_parallel, pipeline_parallel)
-    recomputation: dict[str, Any] = {}
-    if recompute == "full":
-        recomputation = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    elif recompute == "selective":
-        recomputation = {"recompute_granularity": "selective"}
+    engine = layer_spec == "transformer_engine"
     return TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -92,14 +103,16 @@ def transformer_config(
         perform_initialization=False,  # every weight comes from a checkpoint or from a seeded source
         moe_token_dispatcher_type="alltoall",  # the default refuses variable sequence lengths, even without experts
         use_cpu_initialization=not device.is_cuda(),
-        gradient_accumulation_fusion=False,  # needs apex
+        gradient_accumulation_fusion=False,  # ModelOptimizer switches it on where it can be had
+        # otherwise a microbatch's gradients replace those that are there, if it is taken for the first
+        disable_parameter_transpose_cache=engine,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
-        apply_rope_fusion=False,
+        apply_rope_fusion=engine and architecture.position_embedding == "rope",
         **_computation(architecture),
-        **expert_settings(architecture, grouped=uses_transformer_engine()),
-        **recomputation,
+        **expert_settings(architecture, grouped=engine),
+        **_recomputation(architecture, recompute, grouped=engine),
     )
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_rlhf.parallel.elementwise import call, rotate_into
+from nemo_rlhf.parallel.elementwise import call
+from nemo_rlhf.parallel.rotary import rotate_into
 
 LONGEST = 160  # tokens; beyond, the fused kernel is faster forwards (docs/performance.md)
 
@@ -70,7 +71,7 @@ def short_attention(mixed: Tensor, cos: Tensor, sin: Tensor, scale: float, first
 
     Args:
         mixed: [S, B, groups, queries a group + 2, channels]: queries, key and value as the projection gives them.
-        cos, sin: [S, 1, 1, 1, channels / 2], of the rotation (see ``elementwise.rotate``).
+        cos, sin: [S, 1, 1, 1, channels / 2], of the rotation (see ``rotary.rotate``).
         scale: of the scores.
         first: the first place that is answered.
 

@@ -62,8 +62,15 @@ def gradients(model: GPT, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     learner.zero_grad()
     lengths = torch.full((len(tokens),), tokens.size(1))
     multiple_of = state.tp_size() if model.config.sequence_parallel else 1
-    microbatches = cut(tokens, mask, lengths, range(len(tokens)), micro_batch_size=1, multiple_of=multiple_of)
+    microbatches = cut(
+        tokens, mask, lengths, range(len(tokens)), micro_batch_size=1, limit=tokens.size(1), multiple_of=multiple_of
+    )
     forward_backward(learner.ddp, microbatches, loss)
+    for buffer in [*learner.ddp.buffers, *learner.ddp.expert_parallel_buffers]:
+        for bucket in buffer.buckets:  # of which every rank of its group has summed a part
+            group = buffer.data_parallel_group
+            part = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+            dist.all_gather_into_tensor(bucket.grad_data, part, group=group)
 
     weights = weight_map(model.architecture)
     place = Cut(state.tp_rank(), state.tp_size(), model.padded_vocab_size)

@@ -26,7 +26,7 @@ from nemo_rlhf.models.base import MegatronModel
 from nemo_rlhf.models.critic import CriticModel
 from nemo_rlhf.models.ilql import ILQLModel
 from nemo_rlhf.models.policy import PolicyModel
-from nemo_rlhf.parallel import attention, logprobs, schedule, state
+from nemo_rlhf.parallel import attention, kv_cache, logprobs, schedule, shapes, state
 from nemo_rlhf.parallel.gpt import GPT, build_gpt
 from nemo_rlhf.parallel.schedule import Microbatch
 from nemo_rlhf.types import Prompt, Request
@@ -50,6 +50,7 @@ class Case:
     sequence_parallel: bool = False
     precision: str = "32"
     recompute: str | None = None
+    layer_spec: str = "local"
     generate: bool = False
     bucket_size: int | None = None
 
@@ -97,6 +98,7 @@ def _measure(case: Case) -> Measured:
         sequence_parallel=case.sequence_parallel,
         micro_batch_size=ROWS,
         activations_checkpoint_granularity=case.recompute,
+        layer_spec=case.layer_spec,
     )
     model = KINDS[case.role](config, case.architecture, case.precision)
     frozen = _bytes(model.gpt.parameters())
@@ -298,7 +300,7 @@ def peaks(case: Case) -> tuple[int, int, int | None]:
             schedule.forward_sums(model.gpt, batch, _loss)
         if case.role == "critic":
             return update.peak, evaluation.peak, None
-        with Allocated() as rollout:
+        with Allocated() as rollout, mock.patch.object(shapes, "pads", lambda: True):
             _generate(model.gpt)
     return update.peak, evaluation.peak, rollout.peak
 
@@ -325,7 +327,7 @@ def _cache_bytes(gpt: GPT) -> list[int]:
     """Bytes of every cache that the engine makes, one for each group of slots."""
     caches: list[Any] = []
 
-    class Recorded(attention.KVCache):
+    class Recorded(kv_cache.KVCache):
         def __init__(self, *sizes: int) -> None:
             super().__init__(*sizes)
             caches.append(self)
