@@ -70,6 +70,7 @@ class SaveError(OSError):
 _turns = itertools.count()  # of together, the same on every rank
 _take: Callable[[AsyncRequest], None] | None = None  # who writes what save_tensors plans; None: it writes itself
 _FAILURES = (OSError, RuntimeError, CheckpointException, CheckpointingException)
+filesystem_async.open = manifest.create  # type: ignore[attr-defined]  # for the files that megatron writes
 
 
 def save_tensors(sharded_state: dict[str, Any], directory: Path) -> None:
@@ -164,10 +165,10 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         SaveError: on every rank, when any of them failed to write; what stood at ``path`` is still there.
     """
     path = Path(path)
-    with told_as_save_error(path):
+    with told_as_save_error(path), manifest.recorded() as ledger:
         partial = begin(path)
         together(lambda: write(partial), path.parent)
-        complete(path, {})
+        complete(path, ledger.entries(partial))
 
 
 def _partial(path: Path) -> Path:
@@ -292,19 +293,16 @@ def _describe(directory: Path, names: list[str]) -> dict[str, list[int]]:
 def _write_manifest(directory: Path, described: dict[str, list[int]]) -> None:
     parts: list[dict[str, list[int]]] = [{}] * dist.get_world_size()
     dist.all_gather_object(parts, described)
-    known = {name: entry for part in parts for name, entry in part.items()}
-    names = [name for name in manifest.files(directory) if name not in known]
-
-    def sync() -> None:
-        for name in names[dist.get_rank() :: dist.get_world_size()]:
-            manifest.fsync(directory / name)
-
-    together(sync, directory)
-    files = known | _describe(directory, names)
+    files = {name: entry for part in parts for name, entry in part.items()}
 
     def write() -> None:
-        if unread := sorted(set(names) - set(files)):
-            raise OSError(f"{unread[0]} cannot be read back")
+        for name, (size, _) in files.items():
+            if (found := (directory / name).stat().st_size) != size:
+                raise OSError(f"{name} has {found} bytes, and {size} were written")
+        for name in manifest.files(directory):  # what is left is small, and this rank wrote it
+            if name not in files:
+                manifest.fsync(directory / name)
+                files[name] = manifest.describe(directory / name)
         manifest.write(directory, files)
 
     on_rank_zero(write)
