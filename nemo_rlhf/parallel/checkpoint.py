@@ -29,6 +29,7 @@ from nemo_rlhf.config.architecture import Architecture
 from nemo_rlhf.parallel import manifest, state
 from nemo_rlhf.parallel.gpt import GPT
 from nemo_rlhf.parallel.manifest import MANIFEST
+from nemo_rlhf.parallel.replicas import load_strategy, save_strategy
 from nemo_rlhf.parallel.writers import Mailbox
 
 WEIGHTS = "weights"
@@ -75,13 +76,14 @@ filesystem_async.open = manifest.create  # type: ignore[attr-defined]  # for the
 
 def save_tensors(sharded_state: dict[str, Any], directory: Path) -> None:
     """Write a sharded state dict, all ranks together. The directory must exist and be empty."""
+    how = {"sharded_strategy": save_strategy(sharded_state), "validate_access_integrity": False}  # it does that itself
     # megatron would start a process for its queue, which imports a user's script again and outlives a killed rank
     if _take is None:
         filesystem_async._results_queue = queue.Queue()
-        dist_checkpointing.save(sharded_state, str(directory))
+        dist_checkpointing.save(sharded_state, str(directory), **how)
     else:
         filesystem_async._results_queue = Mailbox()
-        _take(dist_checkpointing.save(sharded_state, str(directory), async_sharded_save=True))
+        _take(dist_checkpointing.save(sharded_state, str(directory), async_sharded_save=True, **how))
 
 
 @contextmanager
@@ -95,14 +97,17 @@ def handed_over(take: Callable[[AsyncRequest], None]) -> Iterator[None]:
         _take = None
 
 
-def load_tensors(sharded_state: dict[str, Any], directory: Path, strict: str = "raise_unexpected") -> dict[str, Any]:
-    """Read what a sharded state dict asks for.
+def load_tensors(sharded_state: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """Read what a sharded state dict asks for, all ranks together. Replicas read a part each and send it around.
 
     Raises:
         ValueError: the checkpoint does not hold it (another architecture, or damaged files).
     """
     try:
-        return dist_checkpointing.load(sharded_state, str(directory), strict=strict)
+        # what the files lack is found where all ranks learn of it, which megatron's stricter ways do not wait for
+        return dist_checkpointing.load(
+            sharded_state, str(directory), load_strategy(directory), strict="assume_ok_unexpected"
+        )
     except (CheckpointException, CheckpointingException, KeyError, ValueError) as error:
         detail = " ".join(str(error).split())[:300]
         raise ValueError(
@@ -150,7 +155,7 @@ def load_model(model: GPT, directory: Path, missing: Collection[str] = ()) -> No
     weights = Path(directory) / WEIGHTS
     _check_architecture(model.architecture, Path(directory))
     wanted = {name: value for name, value in _model_state(model).items() if name not in missing}
-    loaded = load_tensors(wanted, weights, strict="assume_ok_unexpected")
+    loaded = load_tensors(wanted, weights)
     incompatible = model.load_state_dict(loaded, strict=False)
     model.zero_vocabulary_padding()
     absent = [n for n in incompatible.missing_keys if n not in missing and not n.endswith("_extra_state")]
