@@ -30,6 +30,7 @@ from nemo_rlhf.config.architecture import Architecture
 from nemo_rlhf.parallel import manifest, state
 from nemo_rlhf.parallel.gpt import GPT
 from nemo_rlhf.parallel.manifest import MANIFEST
+from nemo_rlhf.parallel.replicas import load_strategy, save_strategy
 from nemo_rlhf.parallel.writers import Mailbox
 
 WEIGHTS = "weights"
@@ -74,17 +75,19 @@ _BY_MEGATRON = {"async_strategy": "mcore"} if "async_strategy" in signature(dist
 _turns = itertools.count()  # of together, the same on every rank
 _take: Callable[[AsyncRequest], None] | None = None  # who writes what save_tensors plans; None: it writes itself
 _FAILURES = (OSError, RuntimeError, CheckpointException, CheckpointingException)
+filesystem_async.open = manifest.create  # type: ignore[attr-defined]  # for the files that megatron writes
 
 
 def save_tensors(sharded_state: dict[str, Any], directory: Path) -> None:
     """Write a sharded state dict, all ranks together. The directory must exist and be empty."""
+    how = {"sharded_strategy": save_strategy(sharded_state), "validate_access_integrity": False}  # it does that itself
     # megatron would start a process for its queue, which imports a user's script again and outlives a killed rank
     if _take is None:
         filesystem_async._results_queue = queue.Queue()
-        dist_checkpointing.save(sharded_state, str(directory))
+        dist_checkpointing.save(sharded_state, str(directory), **how)
     else:
         filesystem_async._results_queue = Mailbox()
-        _take(dist_checkpointing.save(sharded_state, str(directory), async_sharded_save=True, **_BY_MEGATRON))
+        _take(dist_checkpointing.save(sharded_state, str(directory), async_sharded_save=True, **how, **_BY_MEGATRON))
 
 
 @contextmanager
@@ -98,14 +101,17 @@ def handed_over(take: Callable[[AsyncRequest], None]) -> Iterator[None]:
         _take = None
 
 
-def load_tensors(sharded_state: dict[str, Any], directory: Path, strict: str = "raise_unexpected") -> dict[str, Any]:
-    """Read what a sharded state dict asks for.
+def load_tensors(sharded_state: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """Read what a sharded state dict asks for, all ranks together. Replicas read a part each and send it around.
 
     Raises:
         ValueError: the checkpoint does not hold it (another architecture, or damaged files).
     """
     try:
-        return dist_checkpointing.load(sharded_state, str(directory), strict=strict)
+        # what the files lack is found where all ranks learn of it, which megatron's stricter ways do not wait for
+        return dist_checkpointing.load(
+            sharded_state, str(directory), load_strategy(directory), strict="assume_ok_unexpected"
+        )
     except (CheckpointException, CheckpointingException, KeyError, ValueError) as error:
         detail = " ".join(str(error).split())[:300]
         raise ValueError(
@@ -153,7 +159,7 @@ def load_model(model: GPT, directory: Path, missing: Collection[str] = ()) -> No
     weights = Path(directory) / WEIGHTS
     _check_architecture(model.architecture, Path(directory))
     wanted = {n: v for n, v in _model_state(model).items() if n not in missing and _EXTRA not in n}
-    loaded = load_tensors(wanted, weights, strict="assume_ok_unexpected")
+    loaded = load_tensors(wanted, weights)
     incompatible = model.load_state_dict(loaded, strict=False)
     model.zero_vocabulary_padding()
     absent = [n for n in incompatible.missing_keys if n not in missing and _EXTRA not in n]
@@ -168,10 +174,10 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         SaveError: on every rank, when any of them failed to write; what stood at ``path`` is still there.
     """
     path = Path(path)
-    with told_as_save_error(path):
+    with told_as_save_error(path), manifest.recorded() as ledger:
         partial = begin(path)
         together(lambda: write(partial), path.parent)
-        complete(path, {})
+        complete(path, ledger.entries(partial))
 
 
 def _partial(path: Path) -> Path:
@@ -296,19 +302,16 @@ def _describe(directory: Path, names: list[str]) -> dict[str, list[int]]:
 def _write_manifest(directory: Path, described: dict[str, list[int]]) -> None:
     parts: list[dict[str, list[int]]] = [{}] * dist.get_world_size()
     dist.all_gather_object(parts, described)
-    known = {name: entry for part in parts for name, entry in part.items()}
-    names = [name for name in manifest.files(directory) if name not in known]
-
-    def sync() -> None:
-        for name in names[dist.get_rank() :: dist.get_world_size()]:
-            manifest.fsync(directory / name)
-
-    together(sync, directory)
-    files = known | _describe(directory, names)
+    files = {name: entry for part in parts for name, entry in part.items()}
 
     def write() -> None:
-        if unread := sorted(set(names) - set(files)):
-            raise OSError(f"{unread[0]} cannot be read back")
+        for name, (size, _) in files.items():
+            if (found := (directory / name).stat().st_size) != size:
+                raise OSError(f"{name} has {found} bytes, and {size} were written")
+        for name in manifest.files(directory):  # what is left is small, and this rank wrote it
+            if name not in files:
+                manifest.fsync(directory / name)
+                files[name] = manifest.describe(directory / name)
         manifest.write(directory, files)
 
     on_rank_zero(write)

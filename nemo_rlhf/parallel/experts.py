@@ -22,8 +22,8 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from nemo_rlhf.config.architecture import Architecture
 from nemo_rlhf.parallel import state
 
-_EXPERTS = ".mlp.experts."
-_SEQUENTIAL = _EXPERTS + "local_experts."
+EXPERTS = ".mlp.experts."
+_SEQUENTIAL = EXPERTS + "local_experts."
 
 
 def _mend_router() -> None:
@@ -141,9 +141,9 @@ def goes_in_step(model: Any) -> bool:
 def global_expert(name: str, model: Any) -> str:
     """A parameter's name with the expert's number in the whole model, as in a list of single experts, however this
     rank's experts are built. Other names are returned as they are."""
-    if _EXPERTS not in name:
+    if EXPERTS not in name:
         return name
-    layer, inner = name.split(_EXPERTS, 1)
+    layer, inner = name.split(EXPERTS, 1)
     if _SEQUENTIAL in name:
         number, parameter = inner.removeprefix("local_experts.").split(".", 1)
     else:  # linear_fc1.weight3

@@ -19,9 +19,7 @@ from nemo_rlhf.parallel import state
 from nemo_rlhf.parallel.experts import check_trainable
 from nemo_rlhf.parallel.gpt import GPT
 from nemo_rlhf.parallel.offload import Offload
-
-# How optimizer state is laid out in a checkpoint: any other TP x PP x DP cut can read it.
-SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+from nemo_rlhf.parallel.optimizer_state import SHARDING, mend_gathering
 
 
 # What follows mends 0.16.1, and 0.17 to 0.19.2 need it as it stands.
@@ -60,62 +58,6 @@ def _mend_loading() -> None:
     DistributedOptimizer._loading_mended = True
 
 
-class _WholeParameters:
-    """What megatron takes for a buffer of all parameters, and of which it asks for one parameter after the other."""
-
-    def __init__(self) -> None:
-        self.by_start: dict[int, torch.Tensor] = {}
-
-    def __getitem__(self, place: slice) -> torch.Tensor:
-        return self.by_start[place.start]
-
-
-def _mend_gathering() -> None:
-    """megatron-core 0.16.1 puts a checkpoint's optimizer state together without the padding between buckets, and then
-    looks parameters up where they are with it: where a bucket's size is not a multiple of 128 and of the data-parallel
-    ranks, one parameter's state is saved as another's. It also copies everything five times, while training waits.
-    """
-
-    def whole_state(self: Any, use_gloo_comm: bool, empty_data: bool, return_on_all_ranks: bool) -> dict[int, Any]:
-        assert return_on_all_ranks and not use_gloo_comm  # what SHARDING asks for
-        found: dict[int, Any] = {}
-        for number, maps in enumerate(self.gbuf_ranges):
-            ((dtype, ranges),) = maps.items()
-            buffer = self.buffers[number]
-            wholes = {key: _WholeParameters() for key in ("param", "exp_avg", "exp_avg_sq")}
-            for bucket, mine in zip(buffer.buckets, ranges, strict=True):
-                places = {p: buffer.param_index_map[p][0] for p in bucket.params_list}
-                for key, whole in wholes.items():
-                    if empty_data:
-                        tensors = {p: torch.empty(p.numel(), dtype=torch.float32, device="cpu") for p in places}
-                    else:
-                        tensors = _bucket_state(self, bucket, places, mine["param_map"], key)
-                    whole.by_start.update({place: tensors[p] for p, place in places.items()})
-            found[number] = {dtype: wholes}
-        return found
-
-    DistributedOptimizer.get_parameter_state_dp_zero = whole_state
-
-
-def _bucket_state(
-    optimizer: Any, bucket: Any, places: dict[Any, int], mine: dict[Any, Any], key: str
-) -> dict[Any, torch.Tensor]:
-    """The fp32 state ``key`` of all parameters of a bucket, flat, on the host. ``places``: where they start in the
-    buffer; ``mine``: megatron's ranges of what this rank has of them."""
-    size, group = bucket.grad_data.numel(), optimizer.data_parallel_group
-    held = {p: optimizer._get_main_param_and_optimizer_states(p)[key].detach() for p in mine}
-    if group.size() == 1:
-        return {p: value.to("cpu", copy=True).view(-1) for p, value in held.items()}
-    share = torch.empty(size // group.size(), dtype=torch.float32, device=device.torch_device())
-    for parameter, value in held.items():
-        local = mine[parameter]["gbuf_local"]
-        share[local.start : local.end].copy_(value)
-    whole = torch.empty(size, dtype=torch.float32, device=device.torch_device())
-    torch.distributed.all_gather_into_tensor(whole, share, group=group)
-    starts = {p: place - bucket.offset for p, place in places.items()}
-    return {p: whole[start : start + p.numel()].to("cpu", copy=True) for p, start in starts.items()}
-
-
 def _mend_order(optimizer: DistributedOptimizer) -> None:
     """megatron-core 0.16.1 puts the fp32 parameters of a group before its 16-bit ones, but looks their state up by the
     order of the gradient buffers: a bf16 model with an fp32 head would save one parameter's state as another's.
@@ -150,7 +92,7 @@ class ModelOptimizer:
         """
         check_trainable(model)
         _mend_loading()
-        _mend_gathering()
+        mend_gathering()
         self.model, self.config = model, config
         self.ddp = DistributedDataParallel(
             model.config,

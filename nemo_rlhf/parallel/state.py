@@ -152,6 +152,16 @@ def dp_group() -> Any:
     return ps.get_data_parallel_group()
 
 
+def expert_dp_group() -> Any:
+    """Ranks that hold the same experts: not those that hold the same of everything else."""
+    return ps.get_expert_data_parallel_group()
+
+
+def stage_group() -> Any:
+    """All ranks of this pipeline stage: those that hold the same of a parameter are among them, experts or not."""
+    return ps.get_tensor_and_data_parallel_group()
+
+
 def ep_rank() -> int:
     return ps.get_expert_model_parallel_rank()
 

@@ -2,7 +2,7 @@
 
 megatron-core's own asynchronous save does the writing (``dist_checkpointing.save`` with ``async_sharded_save``). Here
 is what it leaves to its callers and what it does not do: results that do not fill a pipe while nobody reads, checksums
-of what was written, writers that do not outlive the run, and an end of waiting.
+of what is written, writers that do not outlive the run, and an end of waiting.
 """
 
 from __future__ import annotations
@@ -74,14 +74,13 @@ class Writer:
     """
 
     def __init__(self, request: AsyncRequest, root: Path) -> None:
-        self._finalize = request.finalize_fns
-        self._entries = Mailbox()
+        self._finalize, self._root = request.finalize_fns, root
         self._caller = TemporalAsyncCaller()
-        if request.async_fn is None:
-            return
-        tie = _tie_to(os.getpid())
-        write = functools.partial(_write, request.async_fn, root, self._entries, tie)
-        self._caller.schedule_async_call(request._replace(async_fn=write))
+        with manifest.recorded() as self._ledger:
+            if request.async_fn is None:
+                return
+            write = functools.partial(_write, request.async_fn, _tie_to(os.getpid()))
+            self._caller.schedule_async_call(request._replace(async_fn=write))
         _, buckets, self._results = request.async_fn_args
         # megatron keeps the list for its length; the new process has the tensors, and this one need not hold them, nor
         # the copies on the host that megatron keeps from 0.17 on
@@ -113,10 +112,7 @@ class Writer:
 
     def entries(self) -> dict[str, list[int]]:
         """Size and CRC-32 of the files that this rank's process wrote, by their names in the checkpoint."""
-        try:
-            return self._entries.get_nowait()
-        except queue.Empty:
-            return {}
+        return self._ledger.entries(self._root)
 
     def stop(self) -> None:
         """End the process, whatever it is doing."""
@@ -125,22 +121,11 @@ class Writer:
             self._caller.process.join()
 
 
-def _write(
-    write: Callable[..., None],
-    root: Path,
-    entries: Mailbox,
-    tie: Callable[[], None],
-    rank: int,
-    buckets: list[Any],
-    results: Mailbox,
-) -> None:
+def _write(write: Callable[..., None], tie: Callable[[], None], *args: Any) -> None:
     """In the forked process."""
     tie()
     os.register_at_fork(after_in_child=_tie_to(os.getpid()))  # megatron forks once more, a process a file
-    files = [Path(bucket[0]) for bucket in buckets]
-    write(rank, buckets, results)
-    if all(file.exists() for file in files):
-        entries.put({str(file.relative_to(root)): manifest.describe(file) for file in files})
+    write(*args)
 
 
 def _tie_to(parent: int) -> Callable[[], None]:

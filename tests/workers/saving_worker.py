@@ -71,8 +71,8 @@ def run(place: str) -> None:
 
 
 def padded_buckets() -> dict[str, int]:
-    """On two replicas, with gradients in several padded buckets, as on GPUs: how many parameters have another one's
-    values in the optimizer's part of a checkpoint."""
+    """On two replicas, with gradients in several padded buckets, as on GPUs: how many of the parameters that this rank
+    writes have another one's values in the optimizer's part of a checkpoint."""
     state.initialize(1, 1, seed=1)
     odd = replace(ARCHITECTURE, hidden_size=52, kv_channels=14, ffn_hidden_size=90)
     model = fresh("policy", Cut(), odd)
@@ -87,9 +87,10 @@ def padded_buckets() -> dict[str, int]:
         model.make_trainable(OPTIM, TOTAL_STEPS)
     assert model.learner is not None
     (buffer,) = model.learner.ddp.buffers
-    stored = model.learner.sharded_state_dict(loading=False)["param_state"].values()
-    pairs = list(zip(buffer.param_index_map, stored, strict=True))
-    wrong = [parameter for parameter, tensors in pairs if not torch.equal(tensors["param"].data, parameter.data)]
+    stored = model.learner.sharded_state_dict(loading=False)["param_state"]
+    parameters = list(buffer.param_index_map)
+    pairs = [(parameters[place], tensors["param"]) for place, tensors in stored.items() if "param" in tensors]
+    wrong = [parameter for parameter, tensor in pairs if not torch.equal(tensor.data, parameter.data)]
     padded = sum(bucket.grad_data.numel() > bucket.numel_unpadded for bucket in buffer.buckets)
     return {"padded": padded, "parameters": len(pairs), "wrong": len(wrong)}
 
