@@ -23,7 +23,8 @@ def is_cuda() -> bool:
 def install() -> None:
     """Make this process ready for megatron-core. Call before any of its modules is built; again is harmless."""
     if _CUDA:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        # modulo: SLURM may show each rank of a node its own device only
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     else:
         from nemo_rlhf.device import cpu
 
