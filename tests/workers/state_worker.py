@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -13,11 +15,11 @@ def first_calls(payload: Any) -> list[str]:
     """Names of the functions of torch.distributed that make or use groups, in the order of their calls."""
     called: list[str] = []
     for name in ("init_process_group", "all_reduce", "new_group"):
-
-        def noted(*given: Any, _name: str = name, _real: Any = getattr(dist, name), **named: Any) -> Any:
-            called.append(_name)
-            return _real(*given, **named)
-
-        setattr(dist, name, noted)
+        setattr(dist, name, partial(_note, called, name, getattr(dist, name)))
     state.initialize(2, 1, seed=1)
     return called
+
+
+def _note(called: list[str], name: str, real: Callable[..., Any], *given: Any, **named: Any) -> Any:
+    called.append(name)
+    return real(*given, **named)
