@@ -35,7 +35,7 @@ _LAUNCHED = "NEMO_RLHF_LAUNCHED"  # marks our ranks, so that one that lost RANK 
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-def launch_if_needed(num_local: int, num_nodes: int = 1, *, tensor_parallel: int = 1) -> None:
+def launch_if_needed(num_local: int, num_nodes: int = 1, tensor_parallel: int = 1) -> None:
     """Return in a process that is one rank of the job, with RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE,
     MASTER_ADDR and MASTER_PORT in the environment; where there is none yet, start ``num_local`` of them from this
     program's own command line, wait for them and exit with their code. ``environment.set_defaults`` has then been

@@ -16,7 +16,7 @@ from nemo_rlhf.config.rules import COUNT, NOT_NEGATIVE, Rule
 class ContainerConfig:
     runtime: str | None = None  # null: none | "pyxis" (enroot) | "apptainer"
     image: str | None = None  # what the runtime calls an image: a .sqsh or .sif file, or a reference
-    mounts: list[str] = field(default_factory=list)  # "source:target"; the working directory is always there
+    mounts: list[str] = field(default_factory=list)  # "source:target", beside working directory and log_dir
 
 
 @dataclass

@@ -7,7 +7,6 @@
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
-#SBATCH --cpus-per-task=12
 #SBATCH --mem=0
 #SBATCH --exclusive
 #SBATCH --time=08:00:00
@@ -20,7 +19,9 @@ export NCCL_DEBUG=WARN
 export NCCL_IB_TIMEOUT=22
 export SLURM_EXPORT_ENV=ALL # the ranks get what is set here, whatever sbatch was told to export
 
-cores=12 # of each rank
+# Of each rank: an equal share of the smallest node, such as 96 of SLURM_JOB_CPUS_PER_NODE=128(x7),96. SLURM would bind it
+# to a single one.
+cores=$(($(tr , '\n' <<<"$SLURM_JOB_CPUS_PER_NODE" | sed 's/(.*//' | sort -n | head -n 1) / 8))
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$cores}"
 
 set -uo pipefail
