@@ -21,9 +21,12 @@ COMPILED = re.compile(
 )
 
 
-def installed_pins(names: Iterable[tuple[str, str]]) -> list[str]:
-    """``name==version`` of the compiled ones among (name, version) pairs, sorted, each once."""
-    plain = ((re.sub(r"[-_.]+", "-", name).lower(), found) for name, found in names)
+def installed_pins(names: Iterable[tuple[str | None, str]]) -> list[str]:
+    """``name==version`` of the compiled ones among (name, version) pairs, sorted, each once.
+
+    What has no name was left behind by a removal that was broken off: pip does not see it either.
+    """
+    plain = ((re.sub(r"[-_.]+", "-", name).lower(), found) for name, found in names if name)
     return sorted({f"{name}=={found}" for name, found in plain if COMPILED.fullmatch(name)})
 
 

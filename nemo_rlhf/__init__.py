@@ -93,7 +93,7 @@ def train(
     from nemo_rlhf.cli.launch import launch_if_needed
     from nemo_rlhf.cli.stop import heeded
 
-    launch_if_needed(checked.trainer.devices, checked.trainer.num_nodes)
+    launch_if_needed(checked.trainer.devices, checked.trainer.num_nodes, checked.model.tensor_model_parallel_size)
     with heeded():
         from nemo_rlhf.cli.run import result_of
 
@@ -147,7 +147,7 @@ def play(
 
     from nemo_rlhf.cli.launch import launch_if_needed
 
-    launch_if_needed(checked.trainer.devices, checked.trainer.num_nodes)
+    launch_if_needed(checked.trainer.devices, checked.trainer.num_nodes, checked.model.tensor_model_parallel_size)
     from nemo_rlhf.cli.run import run_play
 
     return run_play(

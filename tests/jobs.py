@@ -122,3 +122,12 @@ def assert_same_rollouts(found: Path, expected: Path) -> None:
 
 def error_lines(stderr: str) -> list[str]:
     return [line for line in stderr.splitlines() if line.startswith("nemo-rlhf: error")]
+
+
+def with_program() -> dict[str, str]:
+    """An environment in which ``nemo-rlhf`` is this checkout's."""
+    return {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+    }

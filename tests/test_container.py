@@ -9,11 +9,12 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from importlib.metadata import version
+from importlib.metadata import requires, version
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 from nemo_rlhf.config import config_directory
 
@@ -51,11 +52,28 @@ def test_the_linter_has_nothing_to_say(tmp_path: Path) -> None:
     assert lint(bad).returncode == 1 and "DL3006" in lint(bad).stdout
 
 
+def test_a_distribution_without_a_name_does_not_end_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch, broken = version("torch"), tmp_path / "torch-1.0.dist-info"
+    broken.mkdir()
+    (broken / "METADATA").write_text("Metadata-Version: 2.1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert pins().main("write", tmp_path / "pins.txt") == 0
+    assert f"torch=={torch}\n" in (tmp_path / "pins.txt").read_text()
+
+
 def test_the_base_is_pinned() -> None:
     text = DOCKERFILE.read_text()
     assert re.search(r"^ARG BASE=nvcr\.io/nvidia/pytorch:\d\d\.\d\d-py3$", text, re.MULTILINE)
     (base,) = re.findall(r"^ARG BASE=(\S+)$", text, re.MULTILINE)
     assert base in (ROOT / "docker" / "README.md").read_text()
+
+
+def test_the_extra_gpu_is_what_megatron_core_supports() -> None:
+    """Its extra dev names the versions that it is tested with."""
+    (theirs,) = (Requirement(one) for one in requires("megatron-core") or [] if one.startswith("transformer-engine"))
+    (ours,) = re.findall(r'^gpu = \["(.*)"\]$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    upper = [str(one) for one in theirs.specifier if one.operator == "<"]
+    assert upper == ["<2.12.0"] and str(Requirement(ours).specifier) == "<2.12,>=2.6"
 
 
 def test_what_is_copied_exists_and_is_sent() -> None:
@@ -103,7 +121,7 @@ def test_what_is_copied_makes_the_whole_package(tmp_path: Path) -> None:
 def test_compiled_packages_are_pinned() -> None:
     held = [("Torch", "2.9.0a0+50eac8"), ("transformer_engine", "2.7"), ("flash-attn", "2.7.4"), ("numpy", "1.26.4")]
     free = [("packaging", "23.2"), ("torchmetrics", "1.9"), ("lightning", "2.4.0"), ("sympy", "1.14")]
-    found = pins().installed_pins([*held, *free, ("torch", "2.9.0a0+50eac8")])
+    found = pins().installed_pins([*held, *free, ("torch", "2.9.0a0+50eac8"), (None, "1.0")])
     assert found == ["flash-attn==2.7.4", "numpy==1.26.4", "torch==2.9.0a0+50eac8", "transformer-engine==2.7"]
 
 

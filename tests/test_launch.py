@@ -10,8 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from nemo_rlhf.cli import launch
+from nemo_rlhf.cli import environment, launch
 
+DEFAULTS = (
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "GLOO_SOCKET_IFNAME",
+    "CUDA_DEVICE_MAX_CONNECTIONS",
+    "TRITON_CACHE_DIR",
+    "TORCHINDUCTOR_CACHE_DIR",
+)
 MARK = "NEMO_RLHF_LAUNCHED"
 DISTRIBUTED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 
@@ -20,7 +28,7 @@ import os, signal, sys, time
 from pathlib import Path
 from nemo_rlhf.cli.launch import launch_if_needed
 OUT = Path(sys.argv[1])
-launch_if_needed(3)
+launch_if_needed(3, tensor_parallel=int(os.environ.get("TP", "1")))
 RANK = int(os.environ["RANK"])
 def say(text):
     temporary = OUT / f".{RANK}"
@@ -30,7 +38,9 @@ def say(text):
 
 
 def clean_env(**more: str) -> dict[str, str]:
-    env = {k: v for k, v in os.environ.items() if k not in (*DISTRIBUTED, MARK) and not k.startswith("SLURM_")}
+    env = {
+        k: v for k, v in os.environ.items() if k not in (*DISTRIBUTED, *DEFAULTS, MARK) and not k.startswith("SLURM_")
+    }
     return {**env, "PYTHONPATH": str(Path(launch.__file__).parents[2]), **more}
 
 
@@ -84,6 +94,47 @@ def test_chosen_thread_count_is_kept(tmp_path: Path) -> None:
     program = start(tmp_path, "say(os.environ['OMP_NUM_THREADS'])", OMP_NUM_THREADS="7")
     program.communicate(timeout=60)
     assert set(said(tmp_path).values()) == {"7"}
+
+
+@pytest.mark.parametrize("started", [{}, {"RANK": "0", "WORLD_SIZE": "3", "MASTER_PORT": "1"}])
+def test_ranks_get_defaults_where_nothing_is_set(tmp_path: Path, started: dict[str, str]) -> None:
+    """However they were started: by this program, or by torchrun."""
+    body = f"say([os.environ.get(name) for name in {DEFAULTS}])"
+    start(tmp_path, body, TMPDIR=str(tmp_path), **started).communicate(timeout=60)
+    ranks = {rank: eval(text) for rank, text in said(tmp_path).items()}
+    caches = f"{tmp_path}/nemo-rlhf-{os.getuid()}"
+    allocator = ["expandable_segments:True"] * 2
+    expected = [*allocator, None, None, f"{caches}/triton", f"{caches}/inductor"]
+    assert ranks == dict.fromkeys(range(1 if started else 3), expected)
+
+
+def test_ranks_keep_what_is_set(tmp_path: Path) -> None:
+    body = f"say([os.environ.get(name) for name in {DEFAULTS}])"
+    chosen = {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64", "TRITON_CACHE_DIR": "/t", "NCCL_SOCKET_IFNAME": "=lo"}
+    job = {"SLURM_JOB_ID": "77", "TMPDIR": str(tmp_path), "TP": "2"}
+    start(tmp_path, body, **chosen, **job).communicate(timeout=60)
+    caches = f"{tmp_path}/nemo-rlhf-{os.getuid()}-77"
+    expected = ["max_split_size_mb:64", None, "lo", "1", "/t", f"{caches}/inductor"]
+    assert {rank: eval(text) for rank, text in said(tmp_path).items()} == dict.fromkeys(range(3), expected)
+
+
+@pytest.mark.parametrize("value", ["^lo", "lo,eth7", "l", "nothing0"])
+def test_gloo_is_given_no_interface_that_does_not_exist(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL takes lists, prefixes and exclusions, too."""
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "environ", {"NCCL_SOCKET_IFNAME": value})
+        environment.set_defaults()
+        assert "GLOO_SOCKET_IFNAME" not in os.environ
+
+
+@pytest.mark.parametrize(("torch", "needed"), [("2.6.0+cu124", True), ("2.8.0", False), ("2.13.0", False)])
+def test_what_torch_does_by_itself_is_left_to_it(torch: str, needed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "environ", {})
+        patch.setattr(environment, "version", lambda name: torch)
+        environment.set_defaults()
+        assert ("TORCH_NCCL_TRACE_BUFFER_SIZE" in os.environ) == needed
+        assert ("TORCH_NCCL_AVOID_RECORD_STREAMS" in os.environ) == needed
 
 
 def test_failing_rank_ends_the_others_and_is_named(tmp_path: Path) -> None:

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import threading
-import time
-from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
 
 import pytest
-import torch.distributed as dist
 
-from nemo_rlhf.cli import main, preflight
+from nemo_rlhf.cli import main
 from nemo_rlhf.config import load
 from nemo_rlhf.launch.slurm import Job, render
-from tests.jobs import FROM_OUTSIDE, ROOT
+from tests.jobs import FROM_OUTSIDE, ROOT, with_program
 from tests.slurm import Cluster, Jobs, cluster, program_of, why_not
 
 pytestmark = pytest.mark.usefixtures("outside_of_any_job")
@@ -101,7 +94,7 @@ def test_nodes_and_gpus_have_one_source(capsys: pytest.CaptureFixture[str]) -> N
     assert "--container-image=/shared/images/nemo_rlhf.sqsh" in text
     for key in ("slurm.nodes=2", "slurm.num_nodes=2", "slurm.gpus_per_node=8", "+slurm.ntasks=8"):
         assert "trainer.num_nodes and trainer.devices" in refused(capsys, *PPO, key)
-    for option in ("--nodes=2", "-N2", "--gpus-per-node=4", "--gres=gpu:2"):
+    for option in ("--nodes=2", "-N2", "--gpus-per-node=4", "--gres=gpu:2", "--cpus-per-gpu=8"):
         assert "trainer.num_nodes and trainer.devices" in refused(capsys, *PPO, f"slurm.options=['{option}']")
     for option in ("--mem-bind=local", "--time-min=60", "--gres-flags=enforce-binding", "--dependency=singleton"):
         name, _, value = option.removeprefix("--").partition("=")
@@ -179,101 +172,63 @@ def test_shipped_scripts_are_what_the_command_writes(tmp_path: Path) -> None:
         passes_shellcheck(path)
 
 
-def check_nodes(tmp_path: Path, *of_nodes: dict[str, str], absent: int = 0) -> tuple[int, str]:
-    """Exit code and words of the pre-flight step with a process on each node, ``of_nodes`` being what differs there."""
-    names = [f"n{index + 1}" for index in range(len(of_nodes) + absent)]
-    program = Path(sys.executable).parent / "nemo-rlhf"
-    command = [str(program), "preflight", f"--reads={ROOT}", f"--writes={tmp_path}"]
-    command += ["--timeout-s=8", "--nodes", *names]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1] - 1
-    processes: list[subprocess.Popen[str]] = []
-    for rank, differs in enumerate(of_nodes):
-        task = {"SLURM_PROCID": str(rank), "SLURM_NTASKS": str(len(names)), "SLURM_LOCALID": "0"}
-        place = {"SLURMD_NODENAME": names[rank], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        env = {**with_program(), **task, **place, **differs}
-        processes.append(
-            subprocess.Popen(
-                command, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-        )
-    said = [process.communicate(timeout=60)[0] for process in processes]
-    codes = {process.returncode for process in processes}
-    assert len(codes) == 1, said
-    return codes.pop(), "".join(said)
+# srun that notes what it was asked for, and under which variables
+SRUN = """#!/bin/bash
+{ printf '%s\\n' "$@" "OMP_NUM_THREADS=$OMP_NUM_THREADS"; echo; } >>"$CALLS"
+"""
 
 
-def test_the_bad_node_is_named_before_anything_starts(tmp_path: Path) -> None:
-    code, said = check_nodes(tmp_path, {}, {}, {"GLOO_SOCKET_IFNAME": "nothing0"})
-    assert code == 1
-    assert re.fullmatch(r"pre-flight: n3 and n1 cannot sum a tensor over the network \(.*nothing0.*\)\.\n", said), said
-    other = tmp_path / "other"
-    shutil.copytree(ROOT / "nemo_rlhf", other / "nemo_rlhf")
-    (other / "nemo_rlhf" / "types.py").write_text("# stale\n")
-    code, said = check_nodes(tmp_path, {}, {"PYTHONPATH": str(other)}, absent=1)
-    assert code == 1 and said.startswith("pre-flight: n3 was not heard of within 8 s.\n")
-    said = said.partition("\n")[2]
-    assert re.fullmatch(r"pre-flight: n2 has nemo_rlhf [\d.]+ \(\w+\), .*, but n1 has nemo_rlhf .*\.\n", said), said
+def steps(tmp_path: Path, *words: str, log_dir: str = ".", cpus: str = "8(x2)", **env: str) -> list[list[str]]:
+    """Arguments of both steps that the script of a job of two nodes with two ranks each starts, from ``here``."""
+    programs, here, calls = tmp_path / "bin", tmp_path / "here", tmp_path / "calls"
+    for directory in (programs, here):
+        directory.mkdir(exist_ok=True)
+    for left in (*tmp_path.rglob("progress"), *tmp_path.glob("calls")):
+        left.unlink()
+    for name, text in (("srun", SRUN), ("scontrol", "#!/bin/bash\nprintf 'n1\\nn2\\n'\n")):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    run = ["sft", "model.restore_from=.", "data.train=x", "exp_manager.explicit_log_dir=run"]
+    layout = ["trainer.num_nodes=2", "trainer.devices=2", f"slurm.log_dir={log_dir}", *words]
+    assert main(["slurm", *run, *layout, "--out", str(tmp_path / "job.sh")]) == 0
+    given = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_CPUS_PER_NODE": cpus, "CALLS": str(calls)}
+    path = {"PATH": f"{programs}:{os.environ['PATH']}"}
+    subprocess.run(["bash", tmp_path / "job.sh"], cwd=here, env={**given, **job, **path, **env}, check=True)
+    return [call.splitlines() for call in calls.read_text().split("\n\n")[:-1]]
 
 
-class Nodes(preflight._Reduction):
-    """All on one host, and each fails in the all-reduce when it is told to."""
-
-    def __init__(self, store: dist.Store, rank: int, fails_after_s: dict[int, float]) -> None:
-        super().__init__(store, rank, len(fails_after_s), on_gpus=False)
-        self._fails_after_s = fails_after_s[rank]
-
-    def _everybody(self) -> None:
-        time.sleep(self._fails_after_s)
-        raise RuntimeError(f"rank {self._rank} is cut off")
-
-    def _pair(self, node: str, place: int) -> None:
-        pass
+def test_a_rank_gets_its_share_of_the_cores(tmp_path: Path) -> None:
+    for cpus, share in (("8(x2)", 4), ("128,6", 3), ("9(x2)", 4)):
+        _, run = steps(tmp_path, cpus=cpus)
+        assert f"--cpus-per-task={share}" in run and run[-1] == f"OMP_NUM_THREADS={share}"
+    _, run = steps(tmp_path, OMP_NUM_THREADS="3")
+    assert "--cpus-per-task=4" in run and run[-1] == "OMP_NUM_THREADS=3"
+    _, run = steps(tmp_path, "slurm.cpus_per_task=2")
+    assert "--cpus-per-task=2" in run and run[-1] == "OMP_NUM_THREADS=2"
+    _, run = steps(tmp_path, "slurm.exclusive=false")  # others are on the nodes: the cluster decides
+    assert not any(word.startswith("--cpus-per-task") for word in run) and run[-1] == "OMP_NUM_THREADS=1"
 
 
-@pytest.mark.parametrize(
-    ("fails_after_s", "said"),
-    [
-        ({0: 9.0, 1: 9.0, 2: 0.0}, "the all-reduce of all failed on n3 (rank 2 is cut off)"),
-        (
-            {0: 0.5, 1: 0.0, 2: 0.5},
-            "the all-reduce of all failed on every node, and no single one was found to be at fault: each reaches n1 "
-            "over its host's network (heard first, from n2: rank 1 is cut off)",
-        ),
-    ],
-)
-def test_no_node_is_named_where_all_fail(
-    fails_after_s: dict[int, float], said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(preflight, "WORDS_S", 1.0)
-    store, names = dist.HashStore(), ["n1", "n2", "n3"]
-    for rank in (1, 2):
-        node = Nodes(store, rank, fails_after_s)
-        threading.Thread(target=node.follow, args=(names[rank], 0), daemon=True).start()
-    assert Nodes(store, 0, fails_after_s).lead([{"node": name} for name in names]) == [said]
-    store.set("verdict", "bad")
+@pytest.mark.parametrize("runtime", ["pyxis", "apptainer"])
+def test_containers_see_where_the_logs_go(runtime: str, tmp_path: Path) -> None:
+    container = f"slurm.container={{runtime: {runtime}, image: /i, mounts: ['/a:/b']}}"
+    here, logs = tmp_path / "here", tmp_path / "logs"
 
+    def mounts(log_dir: str) -> list[str]:
+        both = steps(tmp_path, container, "slurm.environment={NAME: x, OMP_NUM_THREADS: '5'}", log_dir=log_dir)
+        for step in both:
+            assert step[-1] == "OMP_NUM_THREADS=5"
+            assert runtime == "apptainer" or "--container-env=OMP_NUM_THREADS,NAME" in step
+        (one, other) = ([word for word in step if "/a:/b" in word or word.startswith("--bind=")] for step in both)
+        assert one == other
+        return ",".join(one).replace("--container-mounts=", "").replace("--bind=", "").split(",")
 
-def test_a_node_whose_mount_is_broken_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(path: str, *more: Any, **named: Any) -> NoReturn:
-        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
-
-    options = Namespace(reads="x" * 300, writes=str(tmp_path), min_free_gib=0.0, gpus=0)
-    assert preflight._problem("n1", 0, options) == f"does not see {options.reads} (File name too long)"
-    options.reads = str(tmp_path)
-    assert preflight._problem("n1", 0, options) is None
-    monkeypatch.setattr(shutil, "disk_usage", broken)
-    assert preflight._problem("n1", 0, options) == f"cannot write to {tmp_path} (Stale file handle)"
-
-
-def with_program() -> dict[str, str]:
-    """An environment in which ``nemo-rlhf`` is this checkout's."""
-    return {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-    }
+    assert mounts(".") == mounts("logs") == ["/a:/b", f"{here}:{here}"]
+    assert mounts(str(logs)) == mounts("../logs") == ["/a:/b", f"{here}:{here}", f"{logs}:{logs}"]
+    (here / "link").symlink_to(logs)
+    assert f"{logs}:{logs}" in mounts("link")
+    assert (logs / "nemo-rlhf-sft-7" / "attempt_0").is_dir()
 
 
 @pytest.fixture(scope="module")
@@ -306,7 +261,7 @@ esac
 checkpoint() { mkdir -p "$SLURM_JOB_NAME/checkpoints/step_$((attempt + 1))"; }
 case $SLURM_JOB_NAME in
 vain) echo "attempt $attempt is in vain"; ((attempt)) && exit 69; kill -KILL $$ ;;
-wrong) [[ $SLURM_PROCID == 1 ]] && echo "nemo-rlhf: error (rank 1): no such file."; exit 2 ;;
+wrong) [[ $SLURM_PROCID == 1 ]] && echo "nemo-rlhf: error (rank 1): $SLURM_CPUS_PER_TASK of 4 cores."; exit 2 ;;
 unhurried) trap 'checkpoint; exit 75' USR1 ;;
 cancelled) trap 'checkpoint; exit 75' TERM ;;
 esac
@@ -350,7 +305,7 @@ def test_what_becomes_of_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     unhurried = submit("unhurried")
     cancelled, vain = submit("cancelled"), submit("vain")
-    wrong = submit("wrong", "trainer.devices=2", "slurm.options=['--export=NONE']")
+    wrong = submit("wrong", "trainer.devices=2", "slurm.exclusive=true", "slurm.options=['--export=NONE']")
     early = submit("early")
     unseen = submit("unseen", "model.restore_from=/nowhere/model", "trainer.num_nodes=2")
 
@@ -369,14 +324,13 @@ def test_what_becomes_of_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert log.count("exit code 137 after no checkpoint; back into the queue.") == 1
     assert "1 times back in the queue without a new checkpoint: this was the last attempt." in log
     assert log.endswith("ended with exit code 69 after no checkpoint.\n")
-    assert re.search(
-        r"rank 0 on n\d ended first, with exit code 137; the end of logs/\S+/attempt_0/rank_0.log:\nattempt 0 is", log
-    )
+    assert re.search(r"rank 0 on n\d ended first, with exit code 137; the end of \S+/rank_0.log:\nattempt 0 is", log)
+    assert f"logs of ranks are in {tmp_path}/logs/vain-{vain}/attempt_0\n" in log
 
     assert jobs.finished(wrong) == "FAILED"
     log = jobs.log("wrong", wrong)
     assert "with exit code 2; the end of " in log and "back into the queue" not in log
-    assert log.count("nemo-rlhf: error (rank 1): no such file.") == 1
+    assert log.count("nemo-rlhf: error (rank 1): 2 of 4 cores.") == 1
 
     assert jobs.finished(unseen) == "FAILED"
     log = jobs.log("unseen", unseen)

@@ -184,7 +184,7 @@ def _train(options: argparse.Namespace) -> int:
     from nemo_rlhf.config import load
 
     cfg: Any = load(options.command, options.overrides, config_file=options.config)
-    launch_if_needed(cfg.trainer.devices, cfg.trainer.num_nodes)
+    launch_if_needed(cfg.trainer.devices, cfg.trainer.num_nodes, cfg.model.tensor_model_parallel_size)
     with heeded():
         run: Callable[[Any], int] = getattr(import_module("nemo_rlhf.cli.run"), f"run_{options.command}")
         return run(cfg)
@@ -195,7 +195,7 @@ def _generate(options: argparse.Namespace) -> int:
 
     given = [("model.restore_from", options.checkpoint), ("data.prompts", options.prompts), ("out", options.out)]
     cfg = load("generate", [*options.overrides, *(f"{key}={quoted(value)}" for key, value in given)])
-    launch_if_needed(cfg.trainer.devices, cfg.trainer.num_nodes)
+    launch_if_needed(cfg.trainer.devices, cfg.trainer.num_nodes, cfg.model.tensor_model_parallel_size)
     from nemo_rlhf.cli.run import run_generate
 
     return run_generate(cfg)
@@ -205,7 +205,7 @@ def _serve_reward(options: argparse.Namespace) -> int:
     from nemo_rlhf.config import load, quoted
 
     cfg = load("serve-reward", [*options.overrides, f"model.restore_from={quoted(options.checkpoint)}"])
-    launch_if_needed(cfg.trainer.devices, cfg.trainer.num_nodes)
+    launch_if_needed(cfg.trainer.devices, cfg.trainer.num_nodes, cfg.model.tensor_model_parallel_size)
     from nemo_rlhf.cli.serve import run_serve_reward
 
     return run_serve_reward(cfg)
@@ -230,6 +230,9 @@ def _slurm(options: argparse.Namespace) -> int:
 
 
 def _preflight(options: argparse.Namespace) -> NoReturn:
+    from nemo_rlhf.cli import environment
+
+    environment.set_defaults()
     from nemo_rlhf.cli.preflight import run_preflight
 
     run_preflight(options.words)

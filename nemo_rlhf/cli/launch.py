@@ -21,6 +21,8 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+from nemo_rlhf.cli import environment
+
 EXIT_STOPPED = 75  # a rank stopped by a signal after it saved
 EXIT_UNAVAILABLE = 69  # the same, because a source of rewards stayed away
 EXIT_WRONG_INPUT = 2
@@ -33,14 +35,16 @@ _LAUNCHED = "NEMO_RLHF_LAUNCHED"  # marks our ranks, so that one that lost RANK 
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-def launch_if_needed(num_local: int, num_nodes: int = 1) -> None:
+def launch_if_needed(num_local: int, num_nodes: int = 1, tensor_parallel: int = 1) -> None:
     """Return in a process that is one rank of the job, with RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE,
     MASTER_ADDR and MASTER_PORT in the environment; where there is none yet, start ``num_local`` of them from this
-    program's own command line, wait for them and exit with their code.
+    program's own command line, wait for them and exit with their code. ``environment.set_defaults`` has then been
+    called with ``tensor_parallel``.
 
     The exit code is 0, 75 or 69 when ranks stopped after saving, otherwise that of the rank that failed first (128 + n
     when signal n killed it). Raises ValueError when the job has not ``num_local * num_nodes`` processes.
     """
+    environment.set_defaults(tensor_parallel)
     env = os.environ
     if "RANK" not in env and _started_by_srun(env):
         env_from_slurm()

@@ -16,7 +16,7 @@ from nemo_rlhf.config.rules import COUNT, NOT_NEGATIVE, Rule
 class ContainerConfig:
     runtime: str | None = None  # null: none | "pyxis" (enroot) | "apptainer"
     image: str | None = None  # what the runtime calls an image: a .sqsh or .sif file, or a reference
-    mounts: list[str] = field(default_factory=list)  # "source:target"; the working directory is always there
+    mounts: list[str] = field(default_factory=list)  # "source:target", beside working directory and log_dir
 
 
 @dataclass
@@ -28,7 +28,9 @@ class SlurmSectionConfig:
     time: str = "04:00:00"  # limit of one run of the job, as sbatch takes it
     gpus: bool = True  # ask for trainer.devices GPUs on every node
     gpu_type: str | None = None  # "h100", if the cluster has several
-    cpus_per_task: int | None = None  # cores of each process; null: the cluster's default
+    cpus_per_task: int | None = (
+        None  # cores of each process; null: an equal share of a node that is ours, or the cluster's default
+    )
     memory: str | None = "0"  # of each node, "500G"; "0": all of it; null: the cluster's default
     exclusive: bool = True  # nobody else on the nodes
     options: list[str] = field(default_factory=list)  # further options of sbatch, "--constraint=ib"
@@ -61,7 +63,7 @@ _TIME = re.compile(r"\d+(:[0-5]?\d){0,2}|\d+-\d+(:[0-5]?\d){0,2}")
 _PLAIN = re.compile(r"[\w.@+,:=/-]+")
 _VARIABLE = re.compile(r"[A-Za-z_]\w*")
 _OURS = re.compile(
-    r"-[NnGJoetApqc]|--(nodes|ntasks|ntasks-per-\w+|gpus|gpus-per-\w+|gres|job-name|output|error|time|account|"
+    r"-[NnGJoetApqc]|--(nodes|ntasks|ntasks-per-\w+|gpus|gpus-per-\w+|cpus-per-gpu|gres|job-name|output|error|time|account|"
     r"partition|qos|mem|cpus-per-task|exclusive|signal|requeue|no-requeue|open-mode)(?=[=\s]|$)"
 )
 

@@ -23,7 +23,8 @@ def is_cuda() -> bool:
 def install() -> None:
     """Make this process ready for megatron-core. Call before any of its modules is built; again is harmless."""
     if _CUDA:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        # modulo: SLURM may show each rank of a node its own device only
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         # NaN gradients and wrong tokens with masks (pytorch issues 196678 and 193893), and a plan for every new shape
         torch.backends.cuda.enable_cudnn_sdp(False)
     else:

@@ -42,6 +42,7 @@ def initialize(
     timeout = timedelta(seconds=timeout_s)
     if not dist.is_initialized():
         dist.init_process_group(device.backend(), timeout=timeout)
+        _meet()
     world, model_ranks = dist.get_world_size(), tensor_parallel * pipeline_parallel
     if world % model_ranks:
         raise ValueError(
@@ -64,6 +65,17 @@ def initialize(
             _make_expert_control_group(expert_parallel, pipeline_parallel, timeout)
         _sizes = sizes
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def _meet() -> None:
+    """Form the communicator of all ranks now: a device that two of them share, or a broken network, shows at once.
+
+    ``device_id`` of ``init_process_group`` would do so, too, but then every later group, also of gloo, is a split of
+    this one in which all ranks take part, and NeMo RL took it back because its 70B was slower with it (its #3073).
+    """
+    ranks = torch.ones(1, device=device.torch_device())
+    dist.all_reduce(ranks)
+    assert int(ranks) == dist.get_world_size()
 
 
 def _check_expert_parallel(expert_parallel: int, tensor_parallel: int, stage_ranks: int) -> None:

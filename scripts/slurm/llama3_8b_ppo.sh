@@ -7,7 +7,6 @@
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
-#SBATCH --cpus-per-task=12
 #SBATCH --mem=0
 #SBATCH --exclusive
 #SBATCH --time=04:00:00
@@ -18,10 +17,12 @@
 
 export NCCL_DEBUG=WARN
 export NCCL_IB_TIMEOUT=22
-export TORCH_NCCL_AVOID_RECORD_STREAMS=1
-export CUDA_DEVICE_MAX_CONNECTIONS=1
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-12}"
 export SLURM_EXPORT_ENV=ALL # the ranks get what is set here, whatever sbatch was told to export
+
+# Of each rank: an equal share of the smallest node, such as 96 of SLURM_JOB_CPUS_PER_NODE=128(x7),96. SLURM would bind it
+# to a single one.
+cores=$(($(tr , '\n' <<<"$SLURM_JOB_CPUS_PER_NODE" | sed 's/(.*//' | sort -n | head -n 1) / 8))
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$cores}"
 
 set -uo pipefail
 trap : TERM USR1 # this shell has to outlive the ranks, to read their exit codes
@@ -33,14 +34,17 @@ MASTER_PORT=$((10000 + (SLURM_JOB_ID * 31 + attempt) % 20000))
 export MASTER_ADDR MASTER_PORT
 
 run_dir=/shared/runs/llama3_8b_ppo
-job_logs=./llama3_8b_ppo-$SLURM_JOB_ID
+log_dir=$(realpath -m .)
+job_logs=$log_dir/llama3_8b_ppo-$SLURM_JOB_ID
 logs=$job_logs/attempt_$attempt
 mkdir -p "$logs/preflight" "$run_dir" || exit 1
+mounts=(/shared:/shared "$PWD:$PWD")
+[[ $log_dir/ == "$PWD"/* ]] || mounts+=("$log_dir:$log_dir") # ranks write into it
 container=(
     --container-image=/shared/images/nemo_rlhf.sqsh
-    --container-mounts="/shared:/shared,$PWD:$PWD"
+    --container-mounts="$(IFS=, && echo "${mounts[*]}")"
     --container-workdir="$PWD"
-    "--container-env=NCCL_DEBUG,NCCL_IB_TIMEOUT,TORCH_NCCL_AVOID_RECORD_STREAMS,CUDA_DEVICE_MAX_CONNECTIONS"
+    "--container-env=OMP_NUM_THREADS,NCCL_DEBUG,NCCL_IB_TIMEOUT" # also where the image has its own
 )
 inside=()
 
@@ -150,7 +154,7 @@ if ((code != 0)); then
 fi
 
 srun --kill-on-bad-exit=1 --nodes=1 --ntasks=8 --ntasks-per-node=8 \
-    --cpus-per-task=12 \
+    --cpus-per-task="$cores" \
     --output="$logs/rank_%t.log" ${container[@]+"${container[@]}"} \
     bash -c "$task" rank "$logs" ${inside[@]+"${inside[@]}"} \
     nemo-rlhf ppo \
