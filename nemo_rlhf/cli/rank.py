@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import sys
 import warnings
 
 import torch
@@ -12,6 +13,7 @@ from nemo.utils import logging as nemo_logging
 
 from nemo_rlhf.config.schema import BaseModelConfig, HardwareConfig
 from nemo_rlhf.parallel import state, watch
+from nemo_rlhf.parallel.libraries import choose_layer_spec, in_use
 
 _NOISY = ("lightning.pytorch", "lightning.fabric", "megatron.core", "torch.distributed")
 _clean = False  # whether what this process last began has ended well
@@ -45,8 +47,18 @@ def begin(model: BaseModelConfig, trainer: HardwareConfig, seed: int) -> None:
     nemo_logging.setLevel(nemo_logging.CRITICAL)  # its errors are raised, too; others are on how ranks were started
     nemo_logging.captureWarnings(False)  # it would hold back ours as well
     warnings.filterwarnings("ignore", module=r"(lightning|megatron|nemo|torch)\b")  # their own business
+    said = kernels(model, trainer)
     if dist.get_rank():
         warnings.simplefilter("ignore")  # rank 0 says it for all
+    else:
+        print(f"nemo-rlhf: {said}.", file=sys.stderr)
+
+
+def kernels(model: BaseModelConfig, trainer: HardwareConfig) -> str:
+    """What computes a run, in one line. Raises ValueError as ``choose_layer_spec``."""
+    used = in_use(choose_layer_spec(model.layer_spec))
+    words = "; ".join(f"{name}: {value}" for name, value in used.items())
+    return f"{words}; fp32 products: {trainer.matmul_precision} precision"
 
 
 def end(code: int) -> int:

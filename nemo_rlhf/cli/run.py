@@ -35,7 +35,7 @@ from nemo_rlhf.cli.callbacks import (
 )
 from nemo_rlhf.cli.loggers import JsonlLogger
 from nemo_rlhf.cli.people import open_store
-from nemo_rlhf.cli.rank import begin, end
+from nemo_rlhf.cli.rank import begin, end, kernels
 from nemo_rlhf.cli.report import write_report
 from nemo_rlhf.config import dump
 from nemo_rlhf.config.environment import check_given_environment
@@ -345,7 +345,8 @@ def _fit(algorithm: Algorithm, config: TrainingConfig) -> int:
     done = int(resume.name.removeprefix("step_")) if resume else -1
     metrics.rewind(done)
     if dist.get_rank() == 0:
-        (run_dir / "config.yaml").write_text(dump(config))
+        used = kernels(config.model, config.trainer)
+        (run_dir / "config.yaml").write_text(f"# {used}\n{dump(config)}")
     code, said = EXIT_DONE, ""
     with stop.heeded():
         try:

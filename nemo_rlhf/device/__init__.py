@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import resource
 import sys
+import weakref
+from typing import Any
 
 import torch
 
@@ -40,6 +42,28 @@ def torch_device() -> torch.device:
 def backend() -> str:
     """Name of the torch.distributed backend for tensors on this device."""
     return "nccl" if _CUDA else "gloo"
+
+
+def pinned_empty(num_bytes: int) -> torch.Tensor:
+    """Host memory [num_bytes] uint8 that a GPU copies from and to by itself; on a CPU, plain memory.
+
+    PyTorch's own pinned memory is rounded up to a power of two: of a few large buffers, a third more than is needed.
+
+    Raises:
+        RuntimeError: CUDA cannot lock so much memory.
+    """
+    memory = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
+    if _CUDA and num_bytes:
+        runtime: Any = torch.cuda.cudart()
+        address = memory.data_ptr()
+        if (code := int(runtime.cudaHostRegister(address, num_bytes, 0))) != 0:
+            raise RuntimeError(
+                f"CUDA cannot lock {num_bytes / 2**30:.1f} GiB of host memory (error {code}): raise the limit of "
+                "locked memory (ulimit -l unlimited), or offload less."
+            )
+        # before the memory is freed; when Python ends, CUDA may be gone already
+        weakref.finalize(memory, runtime.cudaHostUnregister, address).atexit = False
+    return memory
 
 
 def synchronize() -> None:

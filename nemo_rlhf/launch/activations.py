@@ -1,10 +1,10 @@
 """Bytes of what depends on tokens: activations kept for the backward pass, key-value caches, logits.
 
 Counted tensor by tensor from the code that makes them (``parallel.layers``, ``parallel.attention``,
-``parallel.elementwise``, ``parallel.logprobs``, ``generation``, and Transformer Engine's modules), as autograd keeps them
-with CUDA's fused attention and norms. Tests compare with the tensors that are really kept. Left out is what differs on a CPU: the last layer need not
-answer for prompts, and short sequences keep the weights of their attention. So is the last place of a row, which is
-not run.
+``parallel.elementwise``, ``parallel.logprobs``, ``generation``, and Transformer Engine's modules), as autograd keeps
+them with CUDA's fused attention and norms. Tests compare with the tensors that are really kept. Left out is what
+differs on a CPU: the last layer need not answer for prompts, short sequences keep the weights of their attention, and
+the last place of a row is not run.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def _bytes(storage: Any) -> Tensor:
 
 
 def _host_like(storages: Iterable[Any]) -> list[Tensor]:
-    return [torch.empty(s.nbytes(), dtype=torch.uint8, pin_memory=device.is_cuda()) for s in storages]
+    return [device.pinned_empty(s.nbytes()) for s in storages]
 
 
 def _copy(source: Iterable[Tensor], target: Iterable[Tensor]) -> None:

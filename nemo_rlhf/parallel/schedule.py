@@ -1,8 +1,8 @@
 """The one way tokens go through a model: microbatches, megatron's pipeline schedules, and one forward closure.
 
 A batch is cut into microbatches of rows of like length, each padded to its own longest row. What is computed from the
-hidden states of a microbatch is a function of the caller: a loss to learn from, or per-token numbers to keep. Both leave
-the model in training mode, so that the very kernels of training compute either: nothing here drops out.
+hidden states of a microbatch is a function of the caller: a loss to learn from, or per-token numbers to keep. Either
+finds the model in training mode, so that the very same kernels compute both: nothing here drops out.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ class Microbatch:
     """Rows that go through the model together.
 
     ``tokens`` [b, s]; ``selected`` [N] indices into ``tokens`` of the tokens under the mask; ``fields`` [N] each, what
-    the batch says of those tokens; ``places`` [N] (host) their indices in the whole batch [B, S]; ``bounds`` (host) says
-    where the texts of a single row begin and end (see ``packing.join_row``), None where a row is a text; heads read
-    hidden states from the place ``first_needed`` on, and not that of the last place where ``drops_last``; ``hidden``
-    are those states and ``said`` what a head said of them, with their graph, where they were computed before.
+    the batch says of those tokens; ``places`` [N] (host) their indices in the whole batch [B, S]; ``bounds`` (host)
+    says where the texts of a single row begin and end (see ``packing.join_row``), None where a row is a text; heads
+    read hidden states from the place ``first_needed`` on, and not that of the last place where ``drops_last``;
+    ``hidden`` are those states and ``said`` what a head said of them, with their graph, where they were computed
+    before.
     """
 
     tokens: Tensor
@@ -67,9 +68,9 @@ def cut(
 
     Rows are grouped by length, so little is computed on padding. ``limit``: tokens that the model has positions for;
     on GPUs lengths are rounded up to few, but not beyond (``shapes.padded_length``). ``multiple_of`` rounds the padded
-    length up (sequence parallelism splits it, and needs to be told: otherwise the last place is left out). ``together``: so many
-    rows that follow each other in the batch stay side by side in one microbatch (the two of a pair); ``rows`` names the
-    first of each, and ``micro_batch_size`` counts groups.
+    length up (sequence parallelism splits it, and needs to be told: otherwise the last place is left out).
+    ``together``: so many rows that follow each other in the batch stay side by side in one microbatch (the two of a
+    pair); ``rows`` names the first of each, and ``micro_batch_size`` counts groups.
     ``reads``: whether heads want the states before the selected tokens or at them.
     """
     earlier = 1 if reads == "before" else 0

@@ -44,8 +44,8 @@ def _computation(architecture: Architecture) -> dict[str, Any]:
         "layernorm_zero_centered_gamma": architecture.zero_centered_norm,
         "qk_layernorm": architecture.qk_norm,
         "gated_linear_unit": architecture.gated,
-        # both layer specs have a module for it, which megatron enables by this name and only beside functions of its own
-        # list; Transformer Engine's GELU is the tanh approximation
+        # both layer specs have a module for it, which megatron enables by this name and only beside functions of its
+        # own list; Transformer Engine's GELU is the tanh approximation
         "activation_func": {"silu": F.silu, "gelu_tanh": F.gelu}[architecture.activation],
         "use_te_activation_func": True,
         "add_bias_linear": architecture.linear_bias,
