@@ -10,6 +10,11 @@
 #   install_system_packages PACKAGE:FILE ...     e.g. install_system_packages 'postgresql:/usr/lib/postgresql/*/bin/initdb'
 #
 # Installs the Debian packages whose file (a pattern) is not there. Never fails: what needs them does without.
+#   fetch_transformer_engine VERSION ...    e.g. fetch_transformer_engine 2.11.0
+#
+# Puts Transformer Engine's pure-Python wheels into folders of .transformer_engine, beside the environment and not in it,
+# for the tests that run its classes on a CPU.
+#
 # Defines ROOT (the checkout) and VENV_PYTHON (the interpreter of the environment).
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -60,6 +65,19 @@ setup_env() {
     say "Installing nemo_rlhf[$extras] ($kind); this takes a minute or two"
     "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check ${options[@]+"${options[@]}"} -e "$ROOT[$extras]"
     printf '%s\n' "$stamp" >"$VENV/.nemo_rlhf_$extras"
+}
+
+fetch_transformer_engine() {
+    local version target
+    for version in "$@"; do
+        target="$ROOT/.transformer_engine/$version"
+        [[ -d "$target" ]] && continue
+        say "Fetching Transformer Engine $version (its Python alone)"
+        rm -rf "$target.partial"
+        "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps --target "$target.partial" \
+            "transformer_engine==$version"
+        mv "$target.partial" "$target"
+    done
 }
 
 install_system_packages() {

@@ -11,6 +11,7 @@ install_system_packages 'postgresql:/usr/lib/postgresql/*/bin/initdb' 'chromium:
     'iproute2:/*bin/ip' &
 setup_env dev
 wait
+fetch_transformer_engine 2.7.0 2.11.0 2.20.2
 cd "$ROOT"
 say "ruff check"
 "$VENV_PYTHON" -m ruff check .

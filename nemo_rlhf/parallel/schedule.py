@@ -16,11 +16,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from nemo_rlhf import device
-from nemo_rlhf.parallel import state
+from nemo_rlhf.parallel import shapes, state
 from nemo_rlhf.parallel.experts import goes_in_step
 from nemo_rlhf.parallel.gpt import GPT
 from nemo_rlhf.parallel.packing import fill_rows, join_row, packed_texts
-from nemo_rlhf.parallel.shapes import padded_length, pads
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def cut(
     microbatches = []
     for start in range(0, len(groups), micro_batch_size):
         chosen = torch.tensor([row for group in groups[start : start + micro_batch_size] for row in group])
-        length = padded_length(int(lengths[chosen].max()), limit, multiple_of)
+        length = shapes.padded_length(int(lengths[chosen].max()), limit, multiple_of)
         part_tokens = _columns(tokens[chosen], length)
         row, place = _columns(mask[chosen], length).nonzero(as_tuple=True)
         places = chosen[row] * tokens.size(1) + place
@@ -91,7 +90,7 @@ def cut(
                 fields={name: field.reshape(-1)[places].to(to) for name, field in (fields or {}).items()},
                 places=places,
                 first_needed=max(0, int(place.min()) - earlier) if len(place) else 0,
-                drops_last=bool(earlier) and length > 1 and multiple_of == 1 and not pads(),
+                drops_last=bool(earlier) and length > 1 and multiple_of == 1 and not shapes.pads(),
             )
         )
     return microbatches

@@ -26,7 +26,8 @@ _ABSENT = ("onnxscript", "onnx", "triton", "nvdlfw_inspect", "cutlass")
 
 def versions() -> list[str]:
     """Versions that are there, the oldest first."""
-    return sorted((path.name for path in WHEELS.glob("*") if path.is_dir()), key=_numbers)
+    names = [path.name for path in WHEELS.glob("*") if path.is_dir() and not path.name.endswith(".partial")]
+    return sorted(names, key=_numbers)
 
 
 def _numbers(version: str) -> list[int]:
