@@ -472,7 +472,7 @@ def test_the_last_place_is_run_only_where_a_head_reads_it(model: GPT) -> None:
     mask[:, 7:] = True
     whole = model(tokens, torch.arange(12).expand(3, 12))
     for reads, places in (("before", range(6, 11)), ("at", range(7, 12))):
-        (microbatch,) = schedule.cut(tokens, mask, torch.full((3,), 12), range(3), micro_batch_size=3, reads=reads)
+        (microbatch,) = schedule.cut(tokens, mask, torch.full((3,), 12), range(3), micro_batch_size=3, limit=12, reads=reads)
         hidden = schedule.through(model, microbatch)
         torch.testing.assert_close(hidden, whole[list(places)], rtol=1e-5, atol=1e-5)
         read = _before if reads == "before" else _at
@@ -485,7 +485,7 @@ def test_hidden_states_that_are_there_are_not_computed_again(model: GPT) -> None
     """What ``ppo.keep_graph`` stands on: equal results would not tell that a forward pass was saved."""
     tokens, mask = torch.randint(0, 131, (3, 12)), torch.zeros(3, 12, dtype=torch.bool)
     mask[:, 7:] = True
-    (microbatch,) = schedule.cut(tokens, mask, torch.full((3,), 12), range(3), micro_batch_size=3)
+    (microbatch,) = schedule.cut(tokens, mask, torch.full((3,), 12), range(3), micro_batch_size=3, limit=12)
     passes: list[None] = []
     hook = model.register_forward_hook(lambda *_: passes.append(None))
     try:

@@ -20,6 +20,7 @@ from nemo_rlhf.launch.activations import (
     cache_bytes,
     evaluation_bytes,
     prefill_bytes,
+    prefill_tokens,
     sampling_bytes,
     update_bytes,
     update_peak,
@@ -204,8 +205,9 @@ def test_whole_peaks_within_a_tenth(case: Case) -> None:
     if case.role == "policy":
         assert evaluation_bytes(*args, 0, passage, size) == pytest.approx(evaluation, rel=0.1)
         cache = cache_bytes(*args, SLOTS, LENGTH + NEW_TOKENS, size)
-        prefill = prefill_bytes(case.architecture, Cut(), SLOTS, LENGTH, LENGTH + NEW_TOKENS, size)
-        drawing = sampling_bytes(*args, SLOTS, size)
+        tokens = prefill_tokens(Cut(), SLOTS, LENGTH, LENGTH + NEW_TOKENS)
+        prefill = prefill_bytes(case.architecture, Cut(), tokens, size)
+        drawing = sampling_bytes(*args, SLOTS, tokens, size)
         assert cache + max(prefill, drawing) == pytest.approx(rollout, rel=0.1)
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from nemo_rlhf.algorithms.base import Algorithm, Metrics, PhaseTimer
@@ -41,7 +40,7 @@ from nemo_rlhf.data.batches import pad_samples
 from nemo_rlhf.data.order import Stream
 from nemo_rlhf.generation.engine import Engine
 from nemo_rlhf.generation.sampling import SamplingParams
-from nemo_rlhf.models.base import DTYPES, NonFiniteError
+from nemo_rlhf.models.base import NonFiniteError, rounding
 from nemo_rlhf.models.critic import CriticModel, token_values
 from nemo_rlhf.models.policy import PolicyModel, token_logprobs
 from nemo_rlhf.models.reference import Reference, ResidentReference, SwappedReference
@@ -56,7 +55,6 @@ from nemo_rlhf.rollout.sources import CalledSource
 from nemo_rlhf.types import Experience, Prompt, Scored
 
 _PER_TOKEN = ("logprobs", "ref_logprobs", "advantages", "values", "returns")
-_LARGE_LOGIT = 16  # whose rounding to half a unit in the last place may show where log-probabilities should agree
 _PERMUTATION_STREAM = 0x9E3779B97F4A7C15  # keeps shuffles apart from the data order of the same seed
 
 
@@ -187,7 +185,7 @@ class PPO(Algorithm):
         if self.completed_steps == 0:
             difference = (evaluation.logprobs - evaluation.ref_logprobs).abs().max()
             self.kl_at_start = float(difference)
-            if self.kl_at_start > self._rounding():
+            if self.kl_at_start > rounding(self.config.trainer.precision):
                 warnings.warn(
                     f"policy and reference differ by {self.kl_at_start:.1e} in log-probability before any update.",
                     stacklevel=2,
@@ -240,7 +238,7 @@ class PPO(Algorithm):
         for model in self._models():
             assert model.learner is not None
             metrics[f"lr/{model.role}"] = model.learner.last_lr
-        if abs(metrics["check/ratio_step0"] - 1.0) > self._rounding() and step == 0:
+        if abs(metrics["check/ratio_step0"] - 1.0) > rounding(self.config.trainer.precision) and step == 0:
             warnings.warn(
                 f"ratios before the first update go up to {metrics['check/ratio_step0']:.6f} and should be 1: "
                 f"log-probabilities of sampling and training differ.",
@@ -249,10 +247,6 @@ class PPO(Algorithm):
         return metrics
 
     # ---- parts of a step
-
-    def _rounding(self) -> float:
-        """How far log-probabilities may be apart that should be the same; on a CPU in fp32 they are."""
-        return _LARGE_LOGIT * torch.finfo(DTYPES[self.config.trainer.precision]).eps / 2
 
     def minibatches(self, num_samples: int, step: int = 0, epoch: int = 0) -> Iterator[list[int]]:
         """Rows of each minibatch: in order in the first epoch, shuffled by (seed, step, epoch) in the others."""

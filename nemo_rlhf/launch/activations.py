@@ -231,20 +231,26 @@ def cache_bytes(architecture: Architecture, role: Role, cut: Cut, slots: int, lo
     return 2 * layers * slots * groups * length * architecture.kv_channels * itemsize
 
 
-def prefill_bytes(architecture: Architecture, cut: Cut, slots: int, prompt: int, longest: int, itemsize: int) -> int:
-    """The largest prefill: prompts of a group's slots, as many as may go together, padded as on GPUs. Not split along
-    the sequence."""
+def prefill_tokens(cut: Cut, slots: int, prompt: int, longest: int) -> int:
+    """Tokens of the largest prefill: prompts of a group's slots, as many as may go together, padded as on GPUs."""
     length = min(bucket_length(prompt), _cache_length(longest))
     rows = bucket_rows(math.ceil(slots / cut.pp))
     while rows > 1 and rows * bucket_length(prompt) > PREFILL_TOKENS:
         rows //= 2
+    return rows * length
+
+
+def prefill_bytes(architecture: Architecture, cut: Cut, tokens: int, itemsize: int) -> int:
+    """Temporaries of a prefill, which is not split along the sequence."""
     whole = Cut(cut.tp, cut.pp, cut.dp, cut.ep)
-    return layer_temporaries(architecture, whole, rows * length, itemsize, None)
+    return layer_temporaries(architecture, whole, tokens, itemsize, None)
 
 
-def sampling_bytes(architecture: Architecture, role: Role, cut: Cut, slots: int, itemsize: int) -> int:
-    """Logits of a decoding step and the noise with which a token is drawn; of an ILQL model, Q values."""
+def sampling_bytes(architecture: Architecture, role: Role, cut: Cut, slots: int, tokens: int, itemsize: int) -> int:
+    """Logits behind a prefill of ``tokens``, its hidden states, and the noise with which a token is drawn; of an ILQL
+    model, Q values."""
     columns = padded_vocabulary(architecture, cut.tp) // cut.tp
     rows = math.ceil(slots / cut.pp)
     guidance = (architecture.ilql_num_q + 2) * FP32 if role == "ilql" else 0
-    return rows * columns * (itemsize + 4 * FP32 + guidance)
+    hidden = num_trunks(architecture, role) * tokens * architecture.hidden_size * itemsize
+    return hidden + rows * columns * (itemsize + 4 * FP32 + guidance)

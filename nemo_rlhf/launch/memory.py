@@ -10,6 +10,7 @@ from nemo_rlhf.launch.activations import (
     cache_bytes,
     evaluation_bytes,
     prefill_bytes,
+    prefill_tokens,
     sampling_bytes,
     update_peak,
 )
@@ -41,8 +42,9 @@ def generating(model: Model, cut: Cut, stage: int, slots: int, prompt: int, long
     """Bytes of the key-value cache, and of drawing tokens or the largest prefill, whichever is more."""
     what, size = model.architecture, model.itemsize
     cache = cache_bytes(what, model.role, cut, slots, longest, size)
-    drawing = sampling_bytes(what, model.role, cut, slots, size) if stage == cut.pp - 1 else 0
-    prefill = prefill_bytes(what, cut, slots, prompt, longest, size)
+    tokens = prefill_tokens(cut, slots, prompt, longest)
+    drawing = sampling_bytes(what, model.role, cut, slots, tokens, size) if stage == cut.pp - 1 else 0
+    prefill = prefill_bytes(what, cut, tokens, size)
     return (cache, 0, prefill) if prefill > drawing else (cache, drawing, 0)
 
 

@@ -106,6 +106,7 @@ def _microbatches(model: GPT, tokens: Tensor, rows: Sequence[int], micro_batch_s
         torch.full((tokens.size(0),), tokens.size(1)),
         rows,
         micro_batch_size=micro_batch_size,
+        limit=tokens.size(1),
         multiple_of=state.tp_size() if model.config.sequence_parallel else 1,
     )
 
