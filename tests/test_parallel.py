@@ -472,7 +472,9 @@ def test_the_last_place_is_run_only_where_a_head_reads_it(model: GPT) -> None:
     mask[:, 7:] = True
     whole = model(tokens, torch.arange(12).expand(3, 12))
     for reads, places in (("before", range(6, 11)), ("at", range(7, 12))):
-        (microbatch,) = schedule.cut(tokens, mask, torch.full((3,), 12), range(3), micro_batch_size=3, limit=12, reads=reads)
+        (microbatch,) = schedule.cut(
+            tokens, mask, torch.full((3,), 12), range(3), micro_batch_size=3, limit=12, reads=reads
+        )
         hidden = schedule.through(model, microbatch)
         torch.testing.assert_close(hidden, whole[list(places)], rtol=1e-5, atol=1e-5)
         read = _before if reads == "before" else _at

@@ -6,6 +6,8 @@ version in processes of its own. It is no statement about kernels on a GPU.
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,11 +17,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from nemo_rlhf.convert.transfer import import_hf
 from nemo_rlhf.launch.activations import Passage, update_bytes
 from nemo_rlhf.launch.parameters import Cut
 from tests import test_experts, test_families
+from tests.conftest import Tiny
 from tests.spawn import ROOT, rank_environment, turn
 from tests.test_plan import CASES, _itemsize
 from tests.transformer_engine import on_cpu
@@ -77,8 +81,6 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         test_families.make_model(name).save_pretrained(root / name)
     for name in EXPERTS:
         test_experts._make(root / name, name)
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     torch.manual_seed(0)
     llama = LlamaForCausalLM(LlamaConfig(**test_families.COMMON, initializer_range=0.3))
     llama.save_pretrained(root / "llama")
@@ -213,3 +215,55 @@ def test_the_plan_counts_what_its_layers_keep(ranks: Callable[..., Any], case: C
     passage = Passage(ROWS, LENGTH, ROWS * RESPONSE, case.recompute, case.layer_spec)
     said = update_bytes(case.architecture, case.role, Cut(), 0, passage, MICROBATCHES, _itemsize(case))
     assert said == pytest.approx(found, rel=0.1)
+
+
+# ---- a whole run
+
+
+def test_import_then_ppo_as_in_a_container(tiny: Tiny, tmp_path: Path) -> None:
+    """What docs/cluster.md tells people to do, with Transformer Engine's layers and its Adam: convert, warm the critic up,
+    save before the policy's first step, go on. The metrics are those of local layers."""
+    hf, imported = tmp_path / "hf", tmp_path / "imported"
+    config = LlamaConfig.from_pretrained(tiny.hf)
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(hf)
+    for file in tiny.hf.glob("token*"):
+        shutil.copy(file, hf)
+    import_hf(hf, imported)
+
+    def ppo(run_dir: Path, steps: int, spec: str) -> list[dict[str, float]]:
+        overrides = tiny.ppo(
+            run_dir,
+            f"model.restore_from={imported}",
+            "model.init=pretrained",
+            f"model.layer_spec={spec}",
+            f"trainer.max_steps={steps}",
+            "trainer.val_check_interval=0",
+            "ppo.critic_warmup_steps=1",
+            "exp_manager.checkpoint_callback_params.every_n_train_steps=1",
+            "model.optim.sched.name=constant",
+            "trainer.enable_progress_bar=false",
+        )
+        command = [sys.executable, "-m", "tests.workers.transformer_engine_cli", PIN, *overrides]
+        env = rank_environment(1) | {
+            "PYTHONPATH": str(ROOT),
+            "PYTHONWARNINGS": "ignore",
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+        }
+        done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        used = f"Transformer Engine {PIN}" if spec != "local" else f"local, torch {torch.__version__}"
+        assert f"nemo-rlhf: layers: {used};" in done.stderr and "transformer_engine FusedAdam" in done.stderr
+        assert (run_dir / "config.yaml").read_text().startswith(f"# layers: {used};")
+        return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+    with turn():
+        first = ppo(tmp_path / "engine", 1, "transformer_engine")
+        engine = ppo(tmp_path / "engine", 3, "transformer_engine")
+        local = ppo(tmp_path / "local", 3, "local")
+    assert len(first) == 1 and len(engine) == len(local) == 3
+    for step, (ours, theirs) in enumerate(zip(engine, local, strict=True)):
+        assert ours["check/kl_step0"] == 0 and (step or ours["check/ratio_step0"] == 1)
+        for name in ("reward/mean", "kl/mean", "loss/policy", "loss/value"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), (step, name)
