@@ -47,7 +47,7 @@ def run(version: str, world_size: int, payload: Any, directory: Path) -> list[di
     """What each rank says."""
     given = directory / f"payload-{world_size}"
     torch.save(payload, given)
-    env = rank_environment(world_size) | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    env = rank_environment(world_size) | {"PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", "tests.workers.transformer_engine_worker", version, str(given)]
     results = [directory / f"result-{world_size}-{rank}" for rank in range(world_size)]
     with turn():
@@ -221,8 +221,8 @@ def test_the_plan_counts_what_its_layers_keep(ranks: Callable[..., Any], case: C
 
 
 def test_import_then_ppo_as_in_a_container(tiny: Tiny, tmp_path: Path) -> None:
-    """What docs/cluster.md tells people to do, with Transformer Engine's layers and its Adam: convert, warm the critic up,
-    save before the policy's first step, go on. The metrics are those of local layers."""
+    """What docs/cluster.md tells people to do, with Transformer Engine's layers and its Adam: convert, warm the critic
+    up, save before the policy's first step, go on. The metrics are those of local layers."""
     hf, imported = tmp_path / "hf", tmp_path / "imported"
     config = LlamaConfig.from_pretrained(tiny.hf)
     torch.manual_seed(0)
