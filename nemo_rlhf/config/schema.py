@@ -82,6 +82,7 @@ class ModelConfig(BaseModelConfig):
     micro_batch_size: int = 1  # samples in one forward and backward pass of one data-parallel rank
     global_batch_size: int = 128  # samples of one optimizer step over all data-parallel ranks
     activations_checkpoint_granularity: str | None = None  # recompute: null nothing | "selective" feed-forward | "full"
+    overlap_param_gather: bool = False  # gather updated weights while the next forward pass of the same update goes on
     optim: OptimConfig = field(default_factory=OptimConfig)
 
 

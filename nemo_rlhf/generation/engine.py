@@ -84,6 +84,7 @@ class Engine:
             ValueError: a prompt is empty or does not fit with its response, or the model's logits are NaN; or what
                 ``go_on`` raises.
         """
+        self._model.settle()
         try:
             self.check(requests, sampling)
         except ValueError:

@@ -52,7 +52,7 @@ class MegatronModel(ModelPT):
         """
         super().__init__(OmegaConf.create(asdict(config)))
         self.config, self.architecture = config, architecture
-        self.gpt: GPT = build_gpt(
+        self._gpt = build_gpt(
             architecture,
             role=self.role,
             dtype=DTYPES[precision],
@@ -62,6 +62,12 @@ class MegatronModel(ModelPT):
         )
         self.learner: ModelOptimizer | None = None
         self._weights: Offload | None = None
+
+    @property
+    def gpt(self) -> GPT:
+        """With whole weights; to be asked for on all data-parallel ranks alike (``GPT.settle``)."""
+        self._gpt.settle()
+        return self._gpt
 
     @classmethod
     def list_available_models(cls) -> None:
@@ -75,7 +81,8 @@ class MegatronModel(ModelPT):
 
     def make_trainable(self, optim: OptimConfig, total_steps: int) -> None:
         """Give the model gradients and an optimizer; ``total_steps`` optimizer steps in all."""
-        object.__setattr__(self, "learner", ModelOptimizer(self.gpt, optim, total_steps))
+        learner = ModelOptimizer(self._gpt, optim, total_steps, self.config.overlap_param_gather)
+        object.__setattr__(self, "learner", learner)
 
     def cut(
         self,
@@ -95,7 +102,7 @@ class MegatronModel(ModelPT):
             micro_batch_size=self.config.micro_batch_size,
             limit=self.architecture.max_position_embeddings,
             fields=fields,
-            multiple_of=state.tp_size() if self.gpt.config.sequence_parallel else 1,
+            multiple_of=state.tp_size() if self._gpt.config.sequence_parallel else 1,
             together=together,
             reads=self.reads,
         )
@@ -111,7 +118,7 @@ class MegatronModel(ModelPT):
             rows,
             max_tokens=max_tokens,
             share=(state.dp_rank(), state.dp_size()),
-            multiple_of=state.tp_size() if self.gpt.config.sequence_parallel else 1,
+            multiple_of=state.tp_size() if self._gpt.config.sequence_parallel else 1,
         )
 
     def with_graph(self, microbatch: schedule.Microbatch, head: schedule.Head) -> schedule.Microbatch:
@@ -165,8 +172,9 @@ class MegatronModel(ModelPT):
 
     def weights_out(self) -> None:
         """Keep the weights in host memory until ``weights_back``."""
+        gpt = self.gpt
         if self._weights is None:
-            self._weights = Offload(self.gpt.parameters())
+            self._weights = Offload(gpt.parameters())
         self._weights.out()
 
     def weights_back(self) -> None:

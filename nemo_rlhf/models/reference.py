@@ -47,6 +47,7 @@ class SwappedReference:
         self._swap = Swap(policy.gpt.parameters())
 
     def logprobs(self, microbatches: Sequence[Microbatch], temperature: float, like: Tensor) -> Tensor:
+        self._policy.gpt.settle()  # while it still has its own weights
         with self._swap.applied():
             return self._policy.logprobs(microbatches, temperature, like)[0]
 

@@ -28,6 +28,7 @@ from nemo_rlhf.config.architecture import Architecture
 from nemo_rlhf.parallel import state
 from nemo_rlhf.parallel.attention import later_queries
 from nemo_rlhf.parallel.experts import check_policy, mark_experts
+from nemo_rlhf.parallel.gathering import Gathering
 from nemo_rlhf.parallel.heads import ILQLHeads, ILQLScores
 from nemo_rlhf.parallel.kv_cache import KVCache
 from nemo_rlhf.parallel.layers import block_spec
@@ -86,6 +87,7 @@ class GPT(GPTModel):
             position_embedding_type="rope" if rotary else "learned_absolute",
             share_embeddings_and_output_weights=architecture.tie_embeddings and role not in _WITHOUT_OUTPUT,
         )
+        self.gathering: Gathering | None = None  # of an optimizer that leaves weights to be gathered
         self.value_trunk: GPT | None = None
         if role == "ilql" and architecture.ilql_value_trunk:
             self.value_trunk = GPT(architecture, config, "trunk", layer_spec)
@@ -133,6 +135,16 @@ class GPT(GPTModel):
                 input_tensor, values = (part.contiguous() for part in received.chunk(2, dim=-1))
                 self.value_trunk.set_input_tensor(values)
         super().set_input_tensor(input_tensor)
+
+    def layers(self) -> list[torch.nn.Module]:
+        """This stage's, of both trunks."""
+        return [*self.decoder.layers, *(self.value_trunk.layers() if self.value_trunk is not None else ())]
+
+    def settle(self) -> None:
+        """Make the weights those after the last optimizer step, on all data-parallel ranks together: to be called
+        before weights are read or moved outside of a learning pass."""
+        if self.gathering is not None:
+            self.gathering.settle()
 
     @property
     def hidden_width(self) -> int:

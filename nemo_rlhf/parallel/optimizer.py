@@ -17,6 +17,7 @@ from nemo_rlhf import device
 from nemo_rlhf.config.optim import OptimConfig
 from nemo_rlhf.parallel import state
 from nemo_rlhf.parallel.experts import check_trainable
+from nemo_rlhf.parallel.gathering import Gathering
 from nemo_rlhf.parallel.gpt import GPT
 from nemo_rlhf.parallel.offload import Offload
 from nemo_rlhf.parallel.optimizer_state import SHARDING, mend_gathering
@@ -84,8 +85,9 @@ class ModelOptimizer:
     ``ddp`` is the model to train: pass it to ``schedule.forward_backward``.
     """
 
-    def __init__(self, model: GPT, config: OptimConfig, total_steps: int) -> None:
-        """``total_steps``: optimizer steps in all, where cosine and linear schedules end.
+    def __init__(self, model: GPT, config: OptimConfig, total_steps: int, overlap_param_gather: bool = False) -> None:
+        """``total_steps``: optimizer steps in all, where cosine and linear schedules end. ``overlap_param_gather``: see
+        ``gathering``; it does nothing without data parallelism.
 
         Raises:
             ValueError: the model is cut in a way that can generate and score, but not learn.
@@ -94,18 +96,22 @@ class ModelOptimizer:
         _mend_loading()
         mend_gathering()
         self.model, self.config = model, config
+        overlaps_gather = overlap_param_gather and state.dp_size() > 1
+        overlaps_reduce = overlaps_gather or (device.is_cuda() and state.dp_size() > 1)
         self.ddp = DistributedDataParallel(
             model.config,
             DistributedDataParallelConfig(
                 use_distributed_optimizer=True,
-                overlap_grad_reduce=device.is_cuda() and state.dp_size() > 1,
+                overlap_grad_reduce=overlaps_reduce,
+                overlap_param_gather=overlaps_gather,
                 grad_reduce_in_fp32=True,
             ),
             model,
         )
+        model.gathering = Gathering(self.ddp, model.layers()) if overlaps_gather else None
         _accumulate_in_products(model)
         model.config.finalize_model_grads_func = finalize_model_grads
-        if device.is_cuda() and state.dp_size() > 1:
+        if overlaps_reduce:
             model.config.no_sync_func = self.ddp.no_sync
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
@@ -120,6 +126,7 @@ class ModelOptimizer:
                 bf16=model.config.bf16,
                 params_dtype=model.config.params_dtype,
                 use_distributed_optimizer=True,
+                overlap_param_gather=overlaps_gather,
             ),
             [self.ddp],
         )
@@ -182,6 +189,8 @@ class ModelOptimizer:
                 clip_grad_by_total_norm_fp32(parameters, self.config.clip_grad, norm)
         self.last_lr = float(self.optimizer.param_groups[0]["lr"])
         self.optimizer.step_with_ready_grads()
+        if self.model.gathering is not None:
+            self.model.gathering.is_stale = True
         self.scheduler.step(1)
         return norm
 
@@ -199,6 +208,7 @@ class ModelOptimizer:
 
     def weights(self) -> list[torch.Tensor]:
         """Those of the model, and the fp32 ones that the optimizer changes: views of them, or copies."""
+        self.model.settle()
         return [*self.model.parameters(), *(p for group in self.optimizer.param_groups for p in group["params"])]
 
     def start_anew(self) -> None:

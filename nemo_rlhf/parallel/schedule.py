@@ -8,6 +8,7 @@ finds the model in training mode, so that the very same kernels compute both: no
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -177,7 +178,10 @@ def forward_backward(model: Any, microbatches: Sequence[Microbatch], loss: Loss)
         value, sums = loss(gpt, hidden, microbatch)
         return value * scale, sums
 
-    return reduce_sums(_run(model, microbatches, scaled, forward_only=False))
+    gathering = model.module.gathering
+    with nullcontext() if gathering is None else gathering.overlapped():
+        outputs = _run(model, microbatches, scaled, forward_only=False)
+    return reduce_sums(outputs)
 
 
 @torch.no_grad()
