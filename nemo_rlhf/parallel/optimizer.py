@@ -33,7 +33,14 @@ def _mend_loading() -> None:
     """
     if getattr(DistributedOptimizer, "_loading_mended", False):
         return
-    original_load = DistributedOptimizer.load_state_dict
+    original_state_dict, original_load = DistributedOptimizer.state_dict, DistributedOptimizer.load_state_dict
+
+    def state_dict(self: Any) -> Any:
+        if self.optimizer.state:
+            return original_state_dict(self)
+        # a pipeline stage where nothing learns, of which megatron would read the step from torch's states
+        groups = self.optimizer.state_dict()["param_groups"]
+        return {"optimizer": {"param_groups": [{k: v for k, v in group.items() if k != "params"} for group in groups]}}
 
     def load_state_dict(self: Any, loaded: Any) -> None:
         for group in loaded["optimizer"]["param_groups"]:
@@ -54,7 +61,7 @@ def _mend_loading() -> None:
             if name != "step" and isinstance(value, torch.Tensor):
                 value.copy_(tensors[name])
 
-    DistributedOptimizer.load_state_dict = load_state_dict
+    DistributedOptimizer.state_dict, DistributedOptimizer.load_state_dict = state_dict, load_state_dict
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states
     DistributedOptimizer._loading_mended = True
 
@@ -113,6 +120,8 @@ class ModelOptimizer:
         model.config.finalize_model_grads_func = finalize_model_grads
         if overlaps_reduce:
             model.config.no_sync_func = self.ddp.no_sync
+        frozen = any(not parameter.requires_grad for parameter in model.decoder.parameters())
+        self._has_frozen_layers = state.anywhere(frozen)
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -169,6 +178,9 @@ class ModelOptimizer:
             if isinstance(part.optimizer, torch.optim.AdamW):
                 for entry in part.optimizer.state.values():
                     entry.setdefault("step", torch.zeros((), device=device.torch_device()))
+            for group in part.optimizer.param_groups:
+                if not group["params"]:  # rank 0 stores groups for all, also where it has nothing in them
+                    group["step"] = self.scheduler.num_steps - 1
 
     def zero_grad(self) -> None:
         self.ddp.zero_grad_buffer()
@@ -196,7 +208,8 @@ class ModelOptimizer:
 
     def sharded_state_dict(self, loading: bool) -> dict[str, Any]:
         self._begin_states()
-        metadata = {**SHARDING, "dp_cp_group": state.dp_group()}
+        # where some layers do not learn, their numbers must not be a dimension of what is stored
+        metadata = {**SHARDING, "dp_cp_group": state.dp_group(), "non_homogeneous_layers": self._has_frozen_layers}
         model_state = self.model.sharded_state_dict(metadata=metadata)
         return self.optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
 

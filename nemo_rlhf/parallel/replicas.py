@@ -6,7 +6,6 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge, nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factories
@@ -21,7 +20,6 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 
-from nemo_rlhf import device
 from nemo_rlhf.parallel import state
 from nemo_rlhf.parallel.experts import EXPERTS
 
@@ -63,9 +61,7 @@ class _LoadStrategy(FullyParallelLoadStrategyWrapper):
     def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> dict[str, Any]:
         experts, rest = extract_matching_values(sharded_state_dict, lambda part: EXPERTS in part.key)
         loaded = super().load(rest, checkpoint_dir)
-        anywhere = torch.tensor(float(bool(experts)), device=device.torch_device())
-        dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)  # a pipeline stage may have none
-        if anywhere:
+        if state.anywhere(bool(experts)):  # a pipeline stage may have none
             groups_own = FullyParallelLoadStrategyWrapper(self.base_strategy, state.expert_dp_group())
             merge(loaded, groups_own.load(experts, checkpoint_dir))
         return loaded

@@ -196,6 +196,13 @@ def max_over_shared_experts(value: int) -> int:
     return int(box)
 
 
+def anywhere(value: bool) -> bool:
+    """Whether it is true on any rank of the world, all of which ask."""
+    box = torch.tensor(float(value), device=device.torch_device())
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)
+    return bool(box)
+
+
 def is_first_stage() -> bool:
     return ps.is_pipeline_first_stage()
 
