@@ -1,4 +1,5 @@
-"""What only a GPU shows: the same code on CUDA, in fp32 and bf16, with offloading that really frees device memory.
+"""What only a GPU shows: the same code on CUDA, in fp32 and bf16, with kernels that a CPU does not have, and offloading
+that really frees device memory.
 
 Skipped without CUDA. All in one process, one GPU.
 """
@@ -56,6 +57,7 @@ def ppo(model_dir: Path, run_dir: Path, *overrides: str) -> list[dict[str, Any]]
         "ppo",
         overrides=[
             f"exp_manager.explicit_log_dir={run_dir}",
+            "exp_manager.create_tensorboard_logger=false",
             "trainer.max_steps=3",
             "ppo.num_prompts=16",
             "ppo.samples_per_prompt=2",
@@ -138,3 +140,102 @@ def test_offload_frees_device_memory() -> None:
     assert torch.cuda.memory_allocated() - before < 2**20
     offload.back()
     assert torch.equal(base.cpu(), expected) and torch.equal(view.cpu().view(-1), expected[: 2**20])
+
+
+def of_llama(model_dir: Path, layer_spec: str, precision: str) -> Any:
+    from nemo_rlhf.algorithms.roles import open_role
+    from nemo_rlhf.config.schema import ModelConfig
+    from nemo_rlhf.models.policy import PolicyModel
+    from nemo_rlhf.parallel import state
+
+    state.set_environment_for_one_process()
+    state.initialize(1, 1, seed=1)
+    config = ModelConfig(restore_from=str(model_dir), layer_spec=layer_spec)
+    return open_role(PolicyModel, config, str(model_dir), precision, 1).gpt
+
+
+def test_attention_is_not_left_to_cudnn(model_dir: Path) -> None:
+    of_llama(model_dir, "local", "bf16")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_gradients_of_weights_that_products_add_up(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two microbatches: Transformer Engine's products add to the main gradients, or somebody else does."""
+    pytest.importorskip("transformer_engine.pytorch")
+    from nemo_rlhf.parallel import optimizer
+    from tests.workers.families_worker import gradients
+
+    tokens = torch.randint(2, 28, (2, 24), generator=torch.Generator().manual_seed(3))
+    model = of_llama(model_dir, "transformer_engine", "32")
+    fused = gradients(model, tokens)
+    switches = [m.fuse_wgrad_accumulation for m in model.modules() if hasattr(m, "fuse_wgrad_accumulation")]
+    assert switches and all(switches)
+    monkeypatch.setattr(optimizer, "_accumulate_in_products", lambda model: None)
+    plain = gradients(of_llama(model_dir, "transformer_engine", "32"), tokens)
+    assert fused.keys() == plain.keys()
+    for name, gradient in plain.items():
+        assert float(gradient.abs().max()) > 0, name
+        torch.testing.assert_close(fused[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()), msg=name)
+
+
+def test_logits_are_not_rounded_to_16_bits() -> None:
+    from nemo_rlhf.parallel.logprobs import fp32_product
+
+    if not hasattr(torch.ops.aten.mm, "dtype"):
+        pytest.skip(f"torch {torch.__version__} has no product of 16-bit tensors in fp32")
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden, weight = (torch.randn(rows, 512, device="cuda", generator=generator).bfloat16() for rows in (64, 1000))
+    logits, exact = fp32_product(hidden, weight), hidden.double() @ weight.double().t()
+    assert logits.dtype == torch.float32
+    error = float((logits - exact).abs().max())
+    rounded = float(((hidden @ weight.t()).double() - exact).abs().max())
+    assert error < 1e-3 < rounded
+
+
+@pytest.mark.parametrize("window", [None, 16])
+@pytest.mark.parametrize("groups", [8, 2])
+def test_packed_attention_in_one_kernel(groups: int, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equals attention of text after text, forwards and backwards, to what bf16 can tell."""
+    from types import SimpleNamespace
+
+    from nemo_rlhf.parallel import attention
+    from nemo_rlhf.parallel.packing import packed_texts
+
+    if attention._varlen_kernel() is None:
+        pytest.skip("neither flash-attn nor a torch whose varlen_attn knows windows and grouped heads")
+    packing = packed_texts(torch.tensor([0, 40, 41, 96, 128], dtype=torch.int32))
+    config = SimpleNamespace(attention_dropout=0.0, sequence_parallel=False)
+    core = attention.SDPACoreAttention.__new__(attention.SDPACoreAttention)
+    torch.nn.Module.__init__(core)
+    core.config, core.window, core.softmax_scale, core.dropout = config, window, 64**-0.5, 0.0
+    generator = torch.Generator("cuda").manual_seed(0)
+    given = [torch.randn(128, heads, 64, device="cuda", generator=generator) for heads in (8, groups, groups)]
+    upstream = torch.randn(128, 8 * 64, device="cuda", generator=generator)
+
+    def run(dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in (y.bfloat16() for y in given)]
+        out = core._packed(*leaves, packing)
+        return [out, *torch.autograd.grad(out, leaves, upstream.to(dtype))]
+
+    kernel = run(torch.bfloat16)
+    exact = run(torch.float32)  # fp32 goes by the loop
+    monkeypatch.setattr(attention, "_varlen_kernel", lambda: None)
+    loop = run(torch.bfloat16)
+    for found, by_loop, expected in zip(kernel, loop, exact, strict=True):
+        assert found.dtype == torch.bfloat16
+        error, usual = ((x.float() - expected).abs().max() for x in (found, by_loop))
+        assert error < 4 * usual + 1e-3  # a key of another text would show in the first digit
+
+
+def test_pinned_memory_copies_right() -> None:
+    from nemo_rlhf import device
+
+    num_bytes = 3 * 2**20 + 40  # not a whole number of pages
+    pinned = device.pinned_empty(num_bytes)
+    assert pinned.numel() * pinned.element_size() == num_bytes and pinned.is_pinned()
+    source = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, device="cuda")
+    pinned.view(torch.uint8).copy_(source, non_blocking=True)
+    back = torch.empty_like(source)
+    back.copy_(pinned.view(torch.uint8), non_blocking=True)
+    torch.cuda.synchronize()
+    assert torch.equal(back, source) and torch.equal(pinned.view(torch.uint8), source.cpu())
