@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ from nemo_rlhf import device
 from nemo_rlhf.parallel import state
 from nemo_rlhf.parallel.experts import EXPERTS
 
-_SaveStrategy = FullyParallelSaveStrategyWrapper | TorchDistSaveShardedStrategy
+_SaveStrategy: TypeAlias = FullyParallelSaveStrategyWrapper | TorchDistSaveShardedStrategy
 # by the group that shares the writing, and the checksums of what all ranks hold
 _strategies: dict[tuple[Any, tuple[str, ...]], _SaveStrategy] = {}
 
