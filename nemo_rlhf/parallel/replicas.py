@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge, nested_values
@@ -13,21 +13,22 @@ from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
     get_default_save_sharded_strategy,
 )
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
 )
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 
 from nemo_rlhf.parallel import state
 from nemo_rlhf.parallel.experts import EXPERTS
 
+_SaveStrategy: TypeAlias = FullyParallelSaveStrategyWrapper | TorchDistSaveShardedStrategy
 # by the group that shares the writing, and the checksums of what all ranks hold
-_strategies: dict[tuple[Any, tuple[str, ...]], SaveShardedStrategy] = {}
+_strategies: dict[tuple[Any, tuple[str, ...]], _SaveStrategy] = {}
 
 
-def save_strategy(sharded_state: dict[str, Any]) -> SaveShardedStrategy:
+def save_strategy(sharded_state: dict[str, Any]) -> _SaveStrategy:
     """Who writes what, and a check that all is written once.
 
     Both take everyone's description of all tensors, and are done once for what ranks hold together: that it is the
@@ -58,10 +59,10 @@ def load_strategy(directory: Path) -> FullyParallelLoadStrategyWrapper:
 class _LoadStrategy(FullyParallelLoadStrategyWrapper):
     """Experts go by their own groups: what is read, all of a group receive, whether they asked for it or not."""
 
-    def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> dict[str, Any]:
+    def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path, *how: Any) -> dict[str, Any]:
         experts, rest = extract_matching_values(sharded_state_dict, lambda part: EXPERTS in part.key)
-        loaded = super().load(rest, checkpoint_dir)
+        loaded = super().load(rest, checkpoint_dir, *how)
         if state.anywhere(bool(experts)):  # a pipeline stage may have none
             groups_own = FullyParallelLoadStrategyWrapper(self.base_strategy, state.expert_dp_group())
-            merge(loaded, groups_own.load(experts, checkpoint_dir))
+            merge(loaded, groups_own.load(experts, checkpoint_dir, *how))
         return loaded

@@ -88,8 +88,7 @@ def _case(architecture: Architecture, directory: Path) -> dict[str, Any]:
 def _model(architecture: Architecture) -> tuple[GPT, ModelOptimizer]:
     gpt = build_gpt(architecture, dtype=torch.bfloat16, sequence_parallel=state.tp_size() > 1)
     learner = ModelOptimizer(gpt, OPTIM, 4)
-    for part in learner.optimizer.chained_optimizers:
-        part.state_dict()  # makes moments
+    learner.sharded_state_dict(loading=True)  # makes moments
     return gpt, learner
 
 
