@@ -184,3 +184,8 @@ def test_a_lost_connection_is_no_failure_to_write(
     )  # and then it ended, and with it the connection
     with pytest.raises(checkpoint.SaveError, match="rank 1: No space left on device"):
         save()
+
+
+def test_a_checkpoint_that_only_a_newer_megatron_reads_is_said_to_be_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no common\.pt: it is damaged, or megatron-core 0\.19 or newer wrote it"):
+        checkpoint.load_tensors({}, tmp_path)

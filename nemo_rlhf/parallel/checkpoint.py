@@ -107,6 +107,11 @@ def load_tensors(sharded_state: dict[str, Any], directory: Path) -> dict[str, An
     Raises:
         ValueError: the checkpoint does not hold it (another architecture, or damaged files).
     """
+    if not (Path(directory) / "common.pt").is_file():
+        raise ValueError(
+            f"{directory} has no common.pt: it is damaged, or megatron-core 0.19 or newer wrote it, which older "
+            "versions cannot read; check model.restore_from."
+        )
     try:
         # what the files lack is found where all ranks learn of it, which megatron's stricter ways do not wait for
         return dist_checkpointing.load(

@@ -51,6 +51,10 @@ class _Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
+def _is_ours(module: Any) -> bool:
+    return isinstance(getattr(getattr(module, "__spec__", None), "loader", None), _Absent)
+
+
 def install(version: str) -> Any:
     """Make ``version`` importable and import it; the CPU stands in for CUDA from then on. Returns the extension that
     takes the place of the compiled one."""
@@ -72,7 +76,8 @@ def install(version: str) -> Any:
         import transformer_engine.pytorch
     finally:
         sys.meta_path.remove(finder)
-        for name in [name for name in sys.modules if name.split(".", maxsplit=1)[0] == "triton"]:
+        # where a real one may be asked for later, it must not find ours
+        for name in [name for name, module in sys.modules.items() if _is_ours(module) and name.startswith("triton")]:
             del sys.modules[name]
 
     from nemo_rlhf import device

@@ -159,8 +159,9 @@ class ApexLikeAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         adam_w_mode: bool = True,
         weight_decay: float = 0.0,
+        capturable: bool = False,  # megatron-core 0.19 gives it
     ) -> None:
-        assert adam_w_mode
+        assert adam_w_mode and not capturable
         options = {"lr": lr, "bias_correction": bias_correction, "betas": betas, "eps": eps}
         super().__init__(params, options | {"weight_decay": weight_decay})
 
