@@ -100,7 +100,7 @@ def test_a_job_survives(slurm: Cluster, tiny: Tiny, tmp_path: Path) -> None:
     chain.reached()
     program_of(chain.job, 1).send_signal(signal.SIGKILL)
     said = chain.goes_back(137, 3)
-    assert "rank 1 on n2 ended first, with exit code 137; the end of logs/" in said
+    assert f"rank 1 on n2 ended first, with exit code 137; the end of {tmp_path}/logs/" in said
 
     chain.reached()
     slurm.cut("n2")

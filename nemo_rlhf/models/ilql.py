@@ -23,6 +23,7 @@ class ILQLModel(MegatronModel):
         the output layer or not. To be called before ``make_trainable``."""
         if num_layers_unfrozen < 0:
             return
+        self.gpt.has_frozen_layers = True
         first = self.architecture.num_layers - num_layers_unfrozen
         for name, parameter in self.gpt.named_parameters():
             if name.startswith(("ilql_heads.", "value_trunk.")):

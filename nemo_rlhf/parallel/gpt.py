@@ -88,6 +88,7 @@ class GPT(GPTModel):
             share_embeddings_and_output_weights=architecture.tie_embeddings and role not in _WITHOUT_OUTPUT,
         )
         self.gathering: Gathering | None = None  # of an optimizer that leaves weights to be gathered
+        self.has_frozen_layers = False  # on whatever stage: what is stored of an optimizer is then named layer by layer
         self.value_trunk: GPT | None = None
         if role == "ilql" and architecture.ilql_value_trunk:
             self.value_trunk = GPT(architecture, config, "trunk", layer_spec)

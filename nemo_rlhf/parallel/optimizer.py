@@ -120,8 +120,6 @@ class ModelOptimizer:
         model.config.finalize_model_grads_func = finalize_model_grads
         if overlaps_reduce:
             model.config.no_sync_func = self.ddp.no_sync
-        frozen = any(not parameter.requires_grad for parameter in model.decoder.parameters())
-        self._has_frozen_layers = state.anywhere(frozen)
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -209,7 +207,7 @@ class ModelOptimizer:
     def sharded_state_dict(self, loading: bool) -> dict[str, Any]:
         self._begin_states()
         # where some layers do not learn, their numbers must not be a dimension of what is stored
-        metadata = {**SHARDING, "dp_cp_group": state.dp_group(), "non_homogeneous_layers": self._has_frozen_layers}
+        metadata = {**SHARDING, "dp_cp_group": state.dp_group(), "non_homogeneous_layers": self.model.has_frozen_layers}
         model_state = self.model.sharded_state_dict(metadata=metadata)
         return self.optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
 

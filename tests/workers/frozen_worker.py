@@ -20,6 +20,7 @@ def open_model() -> PolicyModel:
     """Its last layer learns, and what stands behind."""
     model = PolicyModel(ModelConfig(restore_from=""), ARCHITECTURE, "32")
     load_weights(model.gpt, RandomSource(ARCHITECTURE, 4), ARCHITECTURE)
+    model.gpt.has_frozen_layers = True
     for layer in model.gpt.decoder.layers:
         layer.requires_grad_(layer.layer_number == ARCHITECTURE.num_layers)
     if model.gpt.pre_process:

@@ -7,6 +7,7 @@ direction round, so that people see something other than what they judge.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -25,6 +26,9 @@ _INVISIBLE = re.compile(
     "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\U000e0000-\U000e007f\ud800-\udfff])\\1*"
 )
+# Marks that stand on the character before them, of which a stack has no end and no place to break a line.
+_MARKS = "".join(chr(code) for code in range(0x10000) if unicodedata.category(chr(code)) in ("Mn", "Me"))
+_STACK = re.compile(f"[{_MARKS}]{{8}}")
 # space, one ideograph or kana, a word, one other sign
 _WORD = re.compile(r"\s+|[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+|[^\w\s]")
 
@@ -101,8 +105,9 @@ def _stretches(begin: int, end: int, changed: Sequence[Span]) -> Iterator[tuple[
 
 
 def _visible(text: str) -> Markup:
-    """``text`` escaped, with a name in place of each run of one invisible character."""
-    return Markup(_INVISIBLE.sub(_name, str(escape(text))))
+    """``text`` escaped, with a name in place of each run of one invisible character, and places to break a line in
+    stacks of marks."""
+    return Markup(_STACK.sub(r"\g<0><wbr>", _INVISIBLE.sub(_name, str(escape(text)))))
 
 
 def _name(run: re.Match[str]) -> str:
