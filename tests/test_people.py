@@ -644,7 +644,8 @@ def test_a_store_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
 
 def test_people_turn_a_wrong_reward_model_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With real processes; what people want is seen by nothing but them. Alone it ends at 0.03, so at 4.5. Every step
-    waits for the one annotator: else the clock would say which wrong answers a refresh sees."""
+    waits for the one annotator: else the clock would say which wrong answers a refresh sees. There are enough held-out
+    ones for a tenth of wrong answers not to decide what a refresh is worth."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     for name in FROM_OUTSIDE:
         monkeypatch.delenv(name, raising=False)
@@ -652,7 +653,7 @@ def test_people_turn_a_wrong_reward_model_round(tmp_path: Path, monkeypatch: pyt
     sys.modules.pop("people", None)
     import people
 
-    keys = ("every_n_steps=1", "num_pairs=24", "wait_for=24", "min_held_out=8")
+    keys = ("every_n_steps=1", "num_pairs=48", "wait_for=48", "min_held_out=16", "refresh_steps=20")
     more = [f"ppo.feedback.{key}" for key in keys]
     means = people.turn_round(tmp_path, 0, 20, 0.1, 1, False, *more)
     assert means[0] < 1 and sum(means[-2:]) / 2 > 1.8, means
