@@ -127,7 +127,7 @@ def _learn(work: Work, plan: Plan, model: Model) -> float:
     gathers of sequence parallelism once more), what is recomputed, the pipeline's bubble, and the exchange of gradients
     and weights with every optimizer step."""
     cut, batch = plan.cut, work.config.plan.global_batch_size
-    again, sent_again = _recomputed(model, work.length, plan.recompute)
+    again, sent_again = _recomputed(model, work.length, plan.recompute, work.config.plan.layer_spec)
     rows = plan.micro_batch_size * work.rows
     one = _microbatch(work, plan, model, rows, work.learned, 3 + again, 2.5 + sent_again)
     count = batch // cut.dp // plan.micro_batch_size
@@ -138,15 +138,18 @@ def _learn(work: Work, plan: Plan, model: Model) -> float:
     return work.samples / batch * ((count + cut.pp - 1) * one + gradients + step)
 
 
-def _recomputed(model: Model, length: int, recompute: str | None) -> tuple[float, float]:
-    """Shares of a forward pass, of its operations and of its communication, that the backward pass repeats."""
+def _recomputed(model: Model, length: int, recompute: str | None, layer_spec: str) -> tuple[float, float]:
+    """Shares of a forward pass, of its operations and of its communication, that the backward pass repeats. Of experts
+    Transformer Engine repeats the activation alone, local layers all."""
     if recompute != "selective":
         return (1, 1) if recompute == "full" else (0, 0)
     what = model.architecture
-    dense = sum(not what.is_sparse(layer) for layer in range(what.num_layers))
+    sparse = sum(what.is_sparse(layer) for layer in range(what.num_layers))
+    dense, sparse = what.num_layers - sparse, sparse if layer_spec == "local" else 0
+    width = dense * what.ffn_hidden_size + sparse * what.experts_per_token * what.expert_ffn_hidden_size
     inputs = 3 if what.gated else 2
-    repeated = num_trunks(what, model.role) * dense * 2 * inputs * what.hidden_size * what.ffn_hidden_size * length
-    return repeated / forward_flops(model, length, 0), 0.5 * dense / what.num_layers
+    repeated = num_trunks(what, model.role) * 2 * inputs * what.hidden_size * width * length
+    return repeated / forward_flops(model, length, 0), 0.5 * (dense + sparse) / what.num_layers
 
 
 def _prefill(work: Work, plan: Plan) -> float:
