@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -216,3 +217,19 @@ def outside_of_any_job(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+
+
+@pytest.fixture
+def import_from(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None]]:
+    """Lets Python import what a directory holds; afterwards no module of it is left for other tests to find."""
+    directories: list[Path] = []
+
+    def prepend(directory: Path) -> None:
+        directories.append(directory)
+        monkeypatch.syspath_prepend(directory)
+
+    yield prepend
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if file and any(Path(file).is_relative_to(directory) for directory in directories):
+            del sys.modules[name]

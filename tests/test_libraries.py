@@ -7,6 +7,7 @@ import inspect
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +34,7 @@ from tests.test_shapes import ARCHITECTURE
 
 
 @pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+def installed(import_from: Callable[[Path], None], tmp_path: Path) -> Callable[[str], None]:
     """Puts a package ``transformer_engine`` with this code in its torch part where Python finds it."""
 
     def install(code: str) -> None:
@@ -42,11 +43,9 @@ def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         # as the real one, which hides a failed import
         (package / "__init__.py").write_text("try:\n    from . import pytorch\nexcept ImportError:\n    pass\n")
         (package / "pytorch" / "__init__.py").write_text(code)
-        monkeypatch.syspath_prepend(tmp_path)
+        import_from(tmp_path)
 
-    yield install
-    for name in [name for name in sys.modules if name.partition(".")[0] == "transformer_engine"]:
-        del sys.modules[name]
+    return install
 
 
 def test_without_transformer_engine_layers_are_local(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,7 +56,9 @@ def test_without_transformer_engine_layers_are_local(monkeypatch: pytest.MonkeyP
             choose_layer_spec("transformer_engine")
 
 
-def test_a_broken_transformer_engine_is_an_error_on_a_gpu(installed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_transformer_engine_is_an_error_on_a_gpu(
+    installed: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     installed("raise ImportError('libcudnn.so.9: cannot open shared object file')")
     assert choose_layer_spec("auto") == "local"  # there is no GPU
     for asked, on_gpu in (("transformer_engine", False), ("auto", True)):
@@ -67,7 +68,9 @@ def test_a_broken_transformer_engine_is_an_error_on_a_gpu(installed: Any, monkey
     assert choose_layer_spec("local") == "local"
 
 
-def test_one_that_megatron_cannot_use_is_an_error_too(installed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_megatron_cannot_use_is_an_error_too(
+    installed: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     installed("")
     monkeypatch.setattr(device, "_CUDA", True)
     with pytest.raises(ValueError, match=r"megatron-core 0\.\d+\.\d+ cannot use Transformer Engine"):

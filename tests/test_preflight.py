@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -117,13 +117,15 @@ def install(place: Path, name: str, version: str, code: str) -> None:
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: {version}\n")
 
 
-def test_an_accelerator_that_cannot_be_imported_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_accelerator_that_cannot_be_imported_is_told(
+    tmp_path: Path, import_from: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without a GPU pre-flight does not import them: they may need the driver."""
     te = tmp_path / "transformer_engine"
     install(tmp_path, "transformer_engine", "2.7.0", "try:\n    from . import pytorch\nexcept ImportError:\n    pass\n")
     (te / "pytorch.py").write_text("raise ImportError('undefined symbol:\\n_ZN3c10')\n")
     install(tmp_path, "flash_attn", "2.7.4", "raise RuntimeError('built for sm_90')\n")
-    monkeypatch.syspath_prepend(tmp_path)
+    import_from(tmp_path)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
     options = Namespace(reads=str(tmp_path), writes=str(tmp_path), min_free_gib=0.0, gpus=8, nodes=["n1"])
     assert preflight_node.problem("n1", 0, options) == (
