@@ -25,7 +25,8 @@ from nemo_rlhf.config import (
     sampling_sweep,
 )
 from nemo_rlhf.config.commands import COMMANDS, REQUIRED
-from nemo_rlhf.config.load import GROUPS, nearest_key, schema_keys
+from nemo_rlhf.config.keys import nearest_key, schema_keys
+from nemo_rlhf.config.load import GROUPS
 from nemo_rlhf.config.validate import CHOICES, RANGES
 
 
