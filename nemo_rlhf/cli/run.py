@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -38,6 +40,7 @@ from nemo_rlhf.cli.people import open_store
 from nemo_rlhf.cli.rank import begin, end, kernels
 from nemo_rlhf.cli.report import write_report
 from nemo_rlhf.config import dump
+from nemo_rlhf.config.dumping import masked_word, write_private
 from nemo_rlhf.config.environment import check_given_environment
 from nemo_rlhf.config.sampling import sampling_values
 from nemo_rlhf.config.schema import (
@@ -291,22 +294,30 @@ def result_of(run_dir: Path) -> tuple[Metrics, Path]:
 
 
 def _add_loggers(trainer: Trainer, run_dir: Path, config: ExpManagerConfig) -> None:
-    exp_manager(
-        trainer,
-        OmegaConf.create(
-            {
-                # a directory of its own: at every start it moves the files of the one before into logs/run_N
-                "explicit_log_dir": str(run_dir / "logs"),
-                "create_checkpoint_callback": False,  # NeMo's reads steps from file names and cannot skip a damaged one
-                "create_tensorboard_logger": config.create_tensorboard_logger,
-                "summary_writer_kwargs": {"sub_dir": "../tensorboard"},
-                "create_wandb_logger": config.create_wandb_logger,
-                "wandb_logger_kwargs": config.wandb_logger_kwargs,
-                "log_step_timing": False,
-                "seconds_to_sleep": 0,
-            }
-        ),
+    settings = OmegaConf.create(
+        {
+            # a directory of its own: at every start it moves the files of the one before into logs/run_N
+            "explicit_log_dir": str(run_dir / "logs"),
+            "create_checkpoint_callback": False,  # NeMo's reads steps from file names and cannot skip a damaged one
+            "create_tensorboard_logger": config.create_tensorboard_logger,
+            "summary_writer_kwargs": {"sub_dir": "../tensorboard"},
+            "create_wandb_logger": config.create_wandb_logger,
+            "wandb_logger_kwargs": config.wandb_logger_kwargs,
+            "log_step_timing": False,
+            "seconds_to_sleep": 0,
+        }
     )
+    # NeMo writes the command line into a file, which others may read
+    with patch.object(sys, "argv", [masked_word(word) for word in sys.argv]):
+        exp_manager(trainer, settings)
+
+
+def _report(run_dir: Path) -> None:
+    """Write the page. The run is done and saved: what goes wrong here does not decide how it ends."""
+    try:
+        write_report(run_dir)
+    except Exception as error:
+        warnings.warn(f"report.html was not written ({error!r}): nemo-rlhf report {run_dir} tries again.", stacklevel=2)
 
 
 def _fit(algorithm: Algorithm, config: TrainingConfig) -> int:
@@ -346,7 +357,7 @@ def _fit(algorithm: Algorithm, config: TrainingConfig) -> int:
     metrics.rewind(done)
     if dist.get_rank() == 0:
         used = kernels(config.model, config.trainer)
-        (run_dir / "config.yaml").write_text(f"# {used}\n{dump(config)}")
+        write_private(run_dir / "config.yaml", f"# {used}\n{dump(config)}")
     code, said = EXIT_DONE, ""
     with stop.heeded():
         try:
@@ -365,5 +376,5 @@ def _fit(algorithm: Algorithm, config: TrainingConfig) -> int:
         if said:
             print(f"nemo-rlhf: {said}", file=sys.stderr)
         if metrics.path.exists():
-            write_report(run_dir)
+            _report(run_dir)
     return end(code)

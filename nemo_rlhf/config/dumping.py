@@ -19,7 +19,10 @@ _DATABASE = re.compile(r"(?P<start>\b(?!https?:)[A-Za-z][\w+.-]*://[^\s/:@]*):[^
 _SECRET = r"[\w.-]*(?:password|passwd|secret|token|api_?key|access_?key|private_?key|credentials?)"
 _QUERY = re.compile(rf"(?P<name>[?&]{_SECRET})=[^&\s'\"]+", re.IGNORECASE)
 _NAME = re.compile(rf"{_SECRET}", re.IGNORECASE)
-_WORD = re.compile(rf"(?P<name>[^=]*\b(?:arguments|wandb_logger_kwargs|environment)\.{_SECRET})=.+", re.IGNORECASE | re.DOTALL)
+_WORD = re.compile(
+    rf"(?P<name>[^=]*\b(?:arguments|wandb_logger_kwargs|environment)\.{_SECRET})=.+", re.IGNORECASE | re.DOTALL
+)
+_ENTRY = re.compile(rf"(?P<name>[{{,]\s*['\"]?{_SECRET}['\"]?\s*:\s*)[^,}}\]]+", re.IGNORECASE)
 _OPEN = ("arguments", "wandb_logger_kwargs", "environment")  # mappings whose names are not ours
 _AS_WRITTEN = "_as_written"
 
@@ -55,13 +58,15 @@ def masked(text: str) -> str:
 
 def masked_word(word: str) -> str:
     """A word of a command line, masked as the configuration that it sets is in ``dump``."""
-    return masked(_WORD.sub(rf"\g<name>={MASK}", word))
+    return masked(_ENTRY.sub(rf"\g<name>{MASK}", _WORD.sub(rf"\g<name>={MASK}", word)))
 
 
 def write_private(path: Path, text: str, mode: int = 0o600) -> None:
     """Write a file that, from its first moment, only its owner can read."""
     path.unlink(missing_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8", newline="") as file:
+    with os.fdopen(
+        os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8", newline=""
+    ) as file:
         file.write(text)
 
 
@@ -87,8 +92,8 @@ def refuse_masks(cfg: Any) -> None:
         if is_masked:
             key = ".".join(map(str, place))
             raise ValueError(
-                f"{key} has {MASK} in the place of a secret, as the config.yaml of a run does: set {key} again, or name "
-                f"a variable of the environment that holds it, as ${{oc.env:NAME}}."
+                f"{key} has {MASK} in the place of a secret, as the config.yaml of a run does: set {key} again, or "
+                f"name a variable of the environment that holds it, as ${{oc.env:NAME}}."
             )
 
     _mapped(asdict(cfg), check)

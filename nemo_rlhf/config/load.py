@@ -96,11 +96,21 @@ def load(
 ) -> PlanConfig: ...
 @overload
 def load(
-    command: Literal["slurm"], overrides: Sequence[str] = (), *, config_file: ConfigFile = None, supplied: Supplied = ()
+    command: Literal["slurm"],
+    overrides: Sequence[str] = (),
+    *,
+    config_file: ConfigFile = None,
+    supplied: Supplied = (),
+    absolute: bool = True,
 ) -> SlurmConfig: ...
 @overload
 def load(
-    command: str, overrides: Sequence[str] = (), *, config_file: ConfigFile = None, supplied: Supplied = ()
+    command: str,
+    overrides: Sequence[str] = (),
+    *,
+    config_file: ConfigFile = None,
+    supplied: Supplied = (),
+    absolute: bool = True,
 ) -> Config | PlanConfig | SlurmConfig: ...
 def load(
     command: str,
@@ -133,6 +143,7 @@ def load(
     _lay_over(node, _compose(path, chosen), keys, f"from {path}")
     for key, value in given:
         _lay_over(node, _nested(key, value), keys, COMMAND_LINE)
+    written = OmegaConf.to_container(node, resolve=False)
     _resolve(node, keys)
     require_keys(node, command, supplied)
     for key in supplied:
@@ -140,7 +151,7 @@ def load(
     cfg = _to_object(node, keys)
     assert isinstance(cfg, COMMANDS[command])
     locate(cfg, absolute=absolute)
-    note_interpolations(cfg, OmegaConf.to_container(node, resolve=False))
+    note_interpolations(cfg, written)
     refuse_masks(cfg)
     validate(cfg)
     return cfg
@@ -158,7 +169,7 @@ def config_directory() -> Path:
 def find_config_file(name: str | Path) -> Path:
     """The yaml file ``name``: a path, or a file below ``config_directory()`` named with or without its ending."""
     shipped = config_directory()
-    for path in (Path(name), shipped / name, shipped / f"{name}.yaml"):
+    for path in (Path(name).expanduser(), shipped / name, shipped / f"{name}.yaml"):
         if path.is_file():
             if path.suffix != ".yaml":
                 raise ValueError(f"{path} cannot be used as a configuration: its name must end in .yaml.")
@@ -254,7 +265,20 @@ def _sources_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
 _ENTRIES: dict[str, Any] = {
     "reward.sources": _sources_entry,
     "exp_manager.wandb_logger_kwargs": dict.fromkeys(
-        ("name", "project", "id", "group", "entity", "notes", "job_type", "version", "prefix", "save_dir", "dir", "tags"),
+        (
+            "name",
+            "project",
+            "id",
+            "group",
+            "entity",
+            "notes",
+            "job_type",
+            "version",
+            "prefix",
+            "save_dir",
+            "dir",
+            "tags",
+        ),
         str | None,
     ),
 }

@@ -11,11 +11,12 @@ import shlex
 from collections.abc import Collection, Mapping
 from typing import Any, get_args, get_origin
 
+from antlr4 import CommonTokenStream, InputStream
 from hydra.core.override_parser.overrides_parser import create_functions
 from hydra.core.override_parser.overrides_visitor import HydraErrorListener, HydraOverrideVisitor
 from hydra.core.override_parser.types import Override, OverrideType, QuotedString, ValueType
 from hydra.errors import HydraException
-from hydra.grammar.gen.OverrideLexer import CommonTokenStream, InputStream, OverrideLexer
+from hydra.grammar.gen.OverrideLexer import OverrideLexer
 from hydra.grammar.gen.OverrideParser import OverrideParser
 
 from nemo_rlhf.config.keys import nearest_key
@@ -48,7 +49,8 @@ def read_override(text: str, keys: Mapping[str, Any]) -> tuple[str, Any]:
             raise ValueError(f"{text!r} does not set anything: write key=value.") from None
         reason = str(error).splitlines()[0].strip()
         raise ValueError(
-            f"{text!r} is not a Hydra override ({reason}): put its value in quotes, {bash_form(key, written)} in a shell."
+            f"{text!r} is not a Hydra override ({reason}): put its value in quotes, {bash_form(key, written)} in a "
+            "shell."
         ) from None
     key = override.get_key_element().lstrip("+~")
     if override.type == OverrideType.DEL:
@@ -76,7 +78,15 @@ def literal(value: str) -> str:
 def bash_form(key: str, value: str) -> str:
     """The override as it is typed in a shell, for a value of any characters."""
     escaped = re.sub(r'(\\+)(?="|$)', r"\1\1", value).replace('"', r"\"")
-    return f"{key}={shlex.quote(chr(34) + escaped + chr(34))}"
+    word = f'"{escaped}"'
+    if word.isprintable():
+        return f"{key}={shlex.quote(word)}"
+    signs = (f"\\{sign}" if sign in "\\'" else sign if sign.isprintable() else _code(sign) for sign in word)
+    return f"{key}=$'{''.join(signs)}'"
+
+
+def _code(sign: str) -> str:
+    return f"\\x{ord(sign):02x}" if ord(sign) < 128 else f"\\U{ord(sign):08x}"
 
 
 def exists(key: str, keys: Mapping[str, Any]) -> bool:
@@ -118,8 +128,8 @@ def _text_value(key: str, written: str) -> Any:
         if is_as_written and not _ESCAPE.search(written):
             return Scalar(written, value.value, COMMAND_LINE)
         return value
-    if value == "" and not written:
-        return Scalar("", "", COMMAND_LINE)
+    if value == "" and not written.strip():
+        return Scalar(written, written, COMMAND_LINE)
     raise ValueError(
         f"{said} is a list, a mapping or a function in Hydra's grammar, and the key must be text: put it in quotes, "
         f"{bash_form(key, written)} in a shell."

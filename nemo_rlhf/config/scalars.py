@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import types
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import IO, Any, Union, get_args, get_origin
@@ -27,6 +28,7 @@ _PLAIN_NUMBER = re.compile(
 _ODD_NUMBER = re.compile(r"[-+]?0[\d_]+|.*:.*")
 _MOST_NODES = 100_000  # of a file, each alias counted as what it stands for
 _TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null")}
+_SIGNS = {f"tag:yaml.org,2002:{name}" for name in ("value", "merge")}  # = and <<, where they are values
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ def typed(value: Any, hint: Any, key: str, where: str) -> Any:
 def shown(value: Any) -> str:
     """A value in messages, as it was written where that is known."""
     if isinstance(value, Scalar):
-        return value.text or shown(value.value)
+        text = value.text or shown(value.value)
+        return text if text.isprintable() else repr(text)
     if isinstance(value, list):
         return f"[{', '.join(map(shown, value))}]"
     if isinstance(value, dict):
@@ -183,12 +186,12 @@ def _loader() -> Any:
         file: str
 
         def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-            if not isinstance(node, yaml.ScalarNode) or node.tag not in _TAGS:
+            if not isinstance(node, yaml.ScalarNode) or node.tag not in _TAGS | _SIGNS:
                 return super().construct_object(node, deep=deep)
-            try:
-                value = super().construct_object(node, deep=deep)
-            except ValueError:  # "0x_", or more digits than Python takes
-                value = node.value
+            value = node.value
+            if node.tag in _TAGS:
+                with suppress(ValueError):  # "0x_", or more digits than Python takes
+                    value = super().construct_object(node, deep=deep)
             self.scalars.append(Scalar(node.value, value, f"from {self.file}, line {node.start_mark.line + 1}"))
             return f"<{len(self.scalars) - 1}>"
 

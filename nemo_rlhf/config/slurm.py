@@ -66,10 +66,11 @@ _VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _LOG_DIR = re.compile(r"[^%\\]+")
 _OPTION = re.compile(r"(?P<name>--[a-z][a-z0-9-]*|-[A-Za-z])(?P<rest>.*)", re.DOTALL)
 _OURS = (
-    "nodes ntasks gpus cpus-per-gpu gres job-name output error time account partition qos mem cpus-per-task exclusive "
-    "signal requeue no-requeue open-mode array ntasks-per-node ntasks-per-core ntasks-per-gpu ntasks-per-socket "
-    "gpus-per-node gpus-per-task gpus-per-socket"
-).split()
+    "nodes", "ntasks", "gpus", "cpus-per-gpu", "gres", "job-name", "output", "error", "time", "account",
+    "partition", "qos", "mem", "cpus-per-task", "exclusive", "signal", "requeue", "no-requeue", "open-mode",
+    "array", "ntasks-per-node", "ntasks-per-core", "ntasks-per-gpu", "ntasks-per-socket", "gpus-per-node",
+    "gpus-per-task", "gpus-per-socket",
+)  # fmt: skip
 _OURS_SHORT = tuple("NnGJoetApqca")
 _LONGEST_OPTION = 4096  # SLURM's own buffer for a word of a directive has 8192 bytes, quotes counted
 _LONGEST_VARIABLE = 100_000  # Linux starts no program with more than 128 KiB in one
@@ -93,14 +94,15 @@ def check_slurm(cfg: SlurmConfig) -> None:
         )
     if not _LOG_DIR.fullmatch(slurm.log_dir) or not is_printable(slurm.log_dir):
         raise ValueError(
-            f"slurm.log_dir={slurm.log_dir!r} cannot be given to SLURM, which replaces % and \\ in names of files: choose "
-            "another directory."
+            f"slurm.log_dir={slurm.log_dir!r} cannot be given to SLURM, which replaces % and \\ in names of files: "
+            "choose another directory."
         )
     for name in ("job_name", "account", "partition", "qos", "gpu_type", "memory"):
         value = getattr(slurm, name)
         if value is not None and not _PLAIN.fullmatch(value):
             raise ValueError(
-                f"slurm.{name}={value!r} cannot stand in a job script: use letters (a to z), digits and _ . - / : = only."
+                f"slurm.{name}={value!r} cannot stand in a job script: use letters (a to z), digits and _ . - / : = "
+                "only."
             )
     if "/" in (slurm.job_name or ""):
         raise ValueError(f"slurm.job_name={slurm.job_name!r} is also the name of the log: leave out the /.")
@@ -155,21 +157,25 @@ def option_words(option: str) -> list[str]:
 def _check_option(option: str) -> None:
     found = _OPTION.fullmatch(option)
     if found is None or (found["name"].startswith("--") and found["rest"] and found["rest"][0] not in "= \t"):
-        raise ValueError(f"slurm.options has {brief(option)}, which is no option of sbatch: write one as --constraint=ib.")
+        raise ValueError(
+            f"slurm.options has {brief(option)}, which is no option of sbatch: write one as --constraint=ib."
+        )
     name, value = found["name"], found["rest"].lstrip("= \t")
     if not is_printable(option.replace("\t", " ")) or len(option.encode()) > _LONGEST_OPTION:
         raise ValueError(
-            f"slurm.options has {brief(option)}, which sbatch would not read as one option: it must be one line of at most "
-            f"{_LONGEST_OPTION} bytes, without control characters."
+            f"slurm.options has {brief(option)}, which sbatch would not read as one option: it must be one line of at "
+            f"most {_LONGEST_OPTION} bytes, without control characters."
         )
     if re.fullmatch(r"""(["']).*\1""", value):
-        raise ValueError(f"slurm.options has {option!r}, whose quotes sbatch would take for a part of it: leave them out.")
+        raise ValueError(
+            f"slurm.options has {option!r}, whose quotes sbatch would take for a part of it: leave them out."
+        )
     # sbatch takes abbreviations
     long = len(name) > 2 and any(ours == name[2:] or ours.startswith(name[2:]) for ours in _OURS)
     if name == "-a" or (long and "array".startswith(name[2:])):
         raise ValueError(
-            f"slurm.options has {option!r}, but one run has one directory, which the jobs of an array would share: submit "
-            "a job for each run, with an exp_manager.explicit_log_dir of its own."
+            f"slurm.options has {option!r}, but one run has one directory, which the jobs of an array would share: "
+            "submit a job for each run, with an exp_manager.explicit_log_dir of its own."
         )
     if long or name[1:] in _OURS_SHORT:
         raise ValueError(
@@ -189,7 +195,9 @@ def _check_container(container: ContainerConfig, log_dir: str) -> None:
     if container.runtime is None and container.mounts:
         raise ValueError("slurm.container.mounts has no use without a container: set slurm.container.runtime, too.")
     if container.runtime is not None and re.search("[:,]", log_dir):
-        raise ValueError(f"slurm.log_dir={log_dir} cannot be mounted into a container: choose one without : and , in it.")
+        raise ValueError(
+            f"slurm.log_dir={log_dir} cannot be mounted into a container: choose one without : and , in it."
+        )
     if container.image is not None and not is_printable(container.image):
         raise ValueError(f"slurm.container.image={container.image!r} has a control character: rename the file.")
     for mount in container.mounts:

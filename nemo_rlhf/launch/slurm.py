@@ -61,8 +61,8 @@ def render(job: Job, slurm: SlurmSectionConfig) -> str:
 
 
 def quote(word: str) -> str:
-    """``word`` as bash reads it back. Control characters are written as signs, since sbatch refuses scripts with \\r\\n,
-    and reads lines that begin with #SBATCH."""
+    """``word`` as bash reads it back. Control characters are written as signs, since sbatch refuses scripts that have
+    \\r\\n, and reads lines that begin with #SBATCH."""
     if not any(ord(sign) < 32 or ord(sign) == 127 for sign in word):
         return shlex.quote(word)
     signs = (f"\\x{ord(sign):02x}" if ord(sign) < 32 or ord(sign) == 127 else sign for sign in _escaped(word, "\\'"))
@@ -71,7 +71,9 @@ def quote(word: str) -> str:
 
 def directive(option: str) -> str:
     """An option as sbatch reads it back from a line of directives: it knows quotes, and backslashes within them."""
-    words = (word if _PLAIN.fullmatch(word) else f'"{_escaped(word, chr(92) + chr(34))}"' for word in option_words(option))
+    words = (
+        word if _PLAIN.fullmatch(word) else f'"{_escaped(word, chr(92) + chr(34))}"' for word in option_words(option)
+    )
     return " ".join(words)
 
 

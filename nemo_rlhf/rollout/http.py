@@ -18,6 +18,7 @@ from typing import Any
 
 import aiohttp
 
+from nemo_rlhf.config.dumping import masked
 from nemo_rlhf.config.sources import HttpSourceConfig
 from nemo_rlhf.rollout.named import one_line
 from nemo_rlhf.rollout.score import RewardError, Unavailable
@@ -51,7 +52,7 @@ class RewardService:
             RewardError: the variable that holds the token is not set.
         """
         self._config, self._is_stopping, self._limit_s = config, is_stopping, limit_s
-        self.reward_title = f"reward service {config.name} ({config.url or config.url_file})"
+        self.reward_title = f"reward service {config.name} ({masked(config.url or str(config.url_file))})"
         self._authorization = self._headers()
 
     async def __call__(
@@ -101,7 +102,7 @@ class RewardService:
             except asyncio.TimeoutError:
                 failure = _NotNow(f"no answer within {self._config.timeout_s:g} s")
             except (aiohttp.ClientError, OSError) as error:
-                failure = _NotNow(one_line(error))
+                failure = _NotNow(masked(one_line(error)))
             except _NotNow as error:
                 failure = error
             else:
