@@ -232,7 +232,7 @@ def test_any_text_in_quotes(text: str) -> None:
         assert read_override(word, keys)[1].text == text
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(text=st.one_of(PLAIN, ODD), is_quoted=st.booleans())
 def test_any_text_of_a_file(text: str, is_quoted: bool, tmp_path_factory: pytest.TempPathFactory) -> None:
     """As a user types it, in quotes or not; what yaml itself makes of it as text is the measure."""
@@ -252,7 +252,7 @@ def test_any_text_of_a_file(text: str, is_quoted: bool, tmp_path_factory: pytest
         )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(texts=st.lists(st.one_of(PLAIN, ODD), max_size=4), names=st.lists(ODD, max_size=3))
 def test_any_text_is_dumped_and_read_back(
     texts: list[str], names: list[str], tmp_path_factory: pytest.TempPathFactory

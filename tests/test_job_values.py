@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import yaml
 
 from nemo_rlhf.cli import main
 from nemo_rlhf.config import load
-from nemo_rlhf.config.slurm import SlurmConfig, SlurmSectionConfig, check_slurm
+from nemo_rlhf.config.slurm import ContainerConfig, SlurmConfig, SlurmSectionConfig, check_slurm
 from nemo_rlhf.launch.slurm import Job, directive, render
 from tests.slurm import why_not
 
@@ -187,6 +188,8 @@ PPO = ["ppo", "model.restore_from=/m", "data.prompts=p", "reward.function=a.b:c"
         ("environment: {A: [1, 2]}", "slurm.environment.A"),
         ("environment: {A: {B: c}}", "slurm.environment.A"),
         ("environment: {é: x}", "name of a variable"),
+        ("environment: {UID: 5}", "slurm.environment.UID would not reach the run"),
+        ("environment: {nodes: 5}", "slurm.environment.nodes would not reach the run"),
         ("environment: {A٣: x}", "name of a variable"),
         ('environment: {A: "a\\0b"}', "slurm.environment has 'a\\x00b'"),
         ("time: ٠٤:00:00", "is not a time"),
@@ -206,6 +209,17 @@ def test_what_could_not_be_given_is_refused(
     assert main(["slurm", *PPO, "--cluster", str(file)]) == 2
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1
+
+
+def test_no_variable_of_the_script_is_given_by_others() -> None:
+    """Whatever name a script assigns is refused, but for the one that it takes over."""
+    slurm = SlurmSectionConfig(container=ContainerConfig("pyxis", "i"), cpus_per_task=2)
+    text = render(Job("name", ["nemo-rlhf", "ppo"], "r", "w", resumes=True), slurm)
+    assigned = set(re.findall(r"^\s*(?:export )?([A-Za-z_]\w*)=", text, re.MULTILINE)) - {"OMP_NUM_THREADS"}
+    assert {"run_dir", "MASTER_ADDR", "in_vain", "code"} <= assigned
+    for name in assigned:
+        with pytest.raises(ValueError, match=f"slurm.environment.{name} would not reach"):
+            check_slurm(SlurmConfig(SlurmSectionConfig(environment={name: "x"})))
 
 
 def test_times_and_numbers_of_a_cluster_are_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,6 +242,10 @@ def test_the_script_is_for_its_owner_alone(tmp_path: Path) -> None:
     out.chmod(0o644)
     assert main(["slurm", *PPO, "slurm.environment.TOKEN=x", "--out", str(out)]) == 0
     assert out.stat().st_mode & 0o777 == 0o700
+    out.unlink()
+    out.symlink_to("/dev/null")  # as --out=/dev/stdout
+    assert main(["slurm", *PPO, "--out", str(out)]) == 0
+    assert Path("/dev/null").is_char_device() and Path("/dev/null").stat().st_mode & 0o777 == 0o666
 
 
 def test_paths_of_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

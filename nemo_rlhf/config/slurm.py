@@ -72,6 +72,13 @@ _OURS = (
     "gpus-per-task", "gpus-per-socket",
 )  # fmt: skip
 _OURS_SHORT = tuple("NnGJoetApqca")
+# variables of bash that it sets itself or that change how it reads, and those of the job script
+_TAKEN = re.compile(
+    r"_|BASHOPTS|BASHPID|BASH_(ARG[CV]|COMMAND|LINENO|SOURCE|SUBSHELL|VERSINFO)|COMP_WORDBREAKS|DIRSTACK|EPOCH\w+|E?UID"
+    r"|FUNCNAME|GROUPS|HISTCMD|IFS|LINENO|OLDPWD|OPTIND|PIPESTATUS|POSIXLY_CORRECT|PPID|PWD|S?RANDOM|SECONDS|SHELLOPTS"
+    r"|SHLVL|SLURM_EXPORT_ENV|MASTER_(ADDR|PORT)|attempt|before|begun_at|code|container|cores|culprit|ends|first|in_vain"
+    r"|inside|job_logs|keeper|log|log_dir|logs|me|mounts|newest|nodes?|run_dir|state|task|try"
+)
 _LONGEST_OPTION = 4096  # SLURM's own buffer for a word of a directive has 8192 bytes, quotes counted
 _LONGEST_VARIABLE = 100_000  # Linux starts no program with more than 128 KiB in one
 
@@ -111,6 +118,11 @@ def check_slurm(cfg: SlurmConfig) -> None:
     for name, value in slurm.environment.items():
         if not _VARIABLE.fullmatch(name):
             raise ValueError(f"slurm.environment has {name!r}, which cannot be the name of a variable: rename it.")
+        if _TAKEN.fullmatch(name):
+            raise ValueError(
+                f"slurm.environment.{name} would not reach the run, since bash or the job script has that variable for "
+                "itself: rename it, or set it in slurm.setup."
+            )
         if len(name) + len(value.encode(errors="replace")) > _LONGEST_VARIABLE:
             raise ValueError(f"slurm.environment.{name} is longer than a variable can be: put its value into a file.")
     texts = {"setup": slurm.setup, "modules": slurm.modules, "environment": slurm.environment.values()}

@@ -47,7 +47,7 @@ def render(job: Job, slurm: SlurmSectionConfig) -> str:
     Raises:
         ValueError: a word of the command is one that no script can hold.
     """
-    for word in job.command:
+    for word in (*job.command, job.reads, job.writes):
         check_writable(word, f"The command has {word[:80]!r}")
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
