@@ -13,6 +13,7 @@ PATHS = (
     "model.restore_from",
     "model.tokenizer",
     "model.critic.restore_from",
+    "data.chat_template",
     "ppo.feedback.guidelines",
     "server.url_file",
     "slurm.log_dir",
