@@ -78,8 +78,6 @@ def train(
         ValueError: wrong input, in one sentence.
         SystemExit: when the run stopped after it saved: code 75, a signal; 69, a source of rewards stayed away.
     """
-    from nemo_rlhf.config.paths import located
-
     online = {"reward_fn": reward_fn, "prompts": prompts, "eval_prompts": eval_prompts, "env": env}
     offline = {"samples": samples, "eval_samples": eval_samples, "rewards": rewards}
     both = {"metric_fn": metric_fn, "stop_sequences": stop_sequences or None, "logit_mask": logit_mask}
@@ -87,7 +85,7 @@ def train(
     given = {name: value for name, value in arguments.items() if value is not None}
     command = _command(given, config)
     checked = _checked(command, config)
-    checked.model.restore_from = located(model_path)
+    checked.model.restore_from = _absolute(model_path)
     arguments |= {name: _located(value) for name, value in arguments.items() if name in _DATA}
     _check_arguments(command, given, checked)
     if command != "sft":
@@ -141,14 +139,12 @@ def play(
         ValueError: wrong input, or an environment failed, in one sentence, on every rank.
     """
     configuration: Any = importlib.import_module("nemo_rlhf.config")
-    from nemo_rlhf.config.paths import located
-
     if config is None:
         config = configuration("generate")
     if not isinstance(config, configuration.GenerateConfig):
         raise ValueError('play() needs a configuration from nemo_rlhf.config("generate", ...).')
     checked = copy.deepcopy(config)
-    checked.model.restore_from = located(model_path)
+    checked.model.restore_from = _absolute(model_path)
 
     from nemo_rlhf.cli.launch import launch_if_needed
 
@@ -168,12 +164,16 @@ def play(
 _DATA = ("prompts", "eval_prompts", "samples", "eval_samples")
 
 
-def _located(data: Any) -> Any:
-    """Data of ``train`` as they are, or the path of their file from the root: what is imported later may change the
-    working directory."""
+def _absolute(path: str | Path) -> str:
+    """What is imported later may change the working directory."""
     from nemo_rlhf.config.paths import located
 
-    return located(data) if isinstance(data, str | Path) and Path(data).expanduser().exists() else data
+    return located(path)
+
+
+def _located(data: Any) -> Any:
+    """Data of ``train`` as they are, or the path of their file from the root."""
+    return _absolute(data) if isinstance(data, str | Path) and Path(data).expanduser().exists() else data
 
 
 # What goes with each of the arguments of ``train`` that say what it is to do.

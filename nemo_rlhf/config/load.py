@@ -277,7 +277,6 @@ _ENTRIES: dict[str, Any] = {
             "prefix",
             "save_dir",
             "dir",
-            "tags",
         ),
         str | None,
     ),
