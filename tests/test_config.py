@@ -83,7 +83,7 @@ def test_values_reach_the_dataclasses() -> None:
     ["it's", "a b, [c]={d}", "back\\slash", "end\\", "\\'", '"', "x", "1", "null", "", "${x}", "\\${", "a\\\\${b} $"],
 )
 def test_quoted_text_arrives_as_it_is(text: str) -> None:
-    assert ppo(f"ppo.feedback.run={quoted(text)}").ppo.feedback.run == text
+    assert ppo(f"data.validation_prompts={quoted(text)}").data.validation_prompts == text
 
 
 def test_interpolations_are_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +201,8 @@ def test_nearest_key_of_a_known_key_is_itself() -> None:
         ("model=5", "choose one of llama3-70b"),
         ("trainer.max_steps=1,2", "trainer.max_steps=[a,b]"),
         ("trainer.max_steps", "write key=value"),
-        ("generation.stop=[a=b]", """generation.stop='"[a=b]"' in a shell"""),
+        ("generation.stop=[a=b]", """generation.stop='["a b"]' in a shell"""),
+        ("trainer.max_steps=(3)", "it must be an integer"),
         ("~trainer.max_steps", "would remove a key"),
     ],
 )

@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from hydra.grammar.gen.OverrideLexer import OverrideLexer
 from hydra.grammar.gen.OverrideParser import OverrideParser
 
-from nemo_rlhf.config.keys import nearest_key
+from nemo_rlhf.config.keys import expected, nearest_key
 from nemo_rlhf.config.scalars import Scalar, is_text
 
 COMMAND_LINE = "from the command line"
@@ -48,10 +48,7 @@ def read_override(text: str, keys: Mapping[str, Any]) -> tuple[str, Any]:
         if not equals:
             raise ValueError(f"{text!r} does not set anything: write key=value.") from None
         reason = str(error).splitlines()[0].strip()
-        raise ValueError(
-            f"{text!r} is not a Hydra override ({reason}): put its value in quotes, {bash_form(key, written)} in a "
-            "shell."
-        ) from None
+        raise ValueError(f"{text!r} is not a Hydra override ({reason}): {_advice(key, keys)}.") from None
     key = override.get_key_element().lstrip("+~")
     if override.type == OverrideType.DEL:
         raise ValueError(f"{text!r} would remove a key, which cannot be: set {key} to null or to its default.")
@@ -100,6 +97,15 @@ def is_section(key: str, keys: Collection[str]) -> bool:
 
 def unknown_key(key: str, keys: Collection[str], source: str) -> ValueError:
     return ValueError(f"There is no configuration key {key} ({source}): did you mean {nearest_key(key, keys)}?")
+
+
+def _advice(key: str, keys: Mapping[str, Any]) -> str:
+    """What to type for a key that is not text, in a shell."""
+    hint = _hint(key, keys)
+    if get_origin(hint) in (list, dict):
+        example = '["a b"]' if get_origin(hint) is list else '{name: "a b"}'
+        return f"put texts in it in double quotes, and all of it in single quotes, {key}='{example}' in a shell"
+    return f"it must be {expected(hint)}, and stand in quotes where it has signs of the shell's or Hydra's"
 
 
 def _hint(key: str, keys: Mapping[str, Any]) -> Any:
