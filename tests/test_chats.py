@@ -239,6 +239,13 @@ def test_bos_stands_once_at_the_start(name: str) -> None:
     assert encode_prompt(chat.text, tokenizer, "prompt")[0] == list(chat.token_ids)
 
 
+def test_a_text_that_begins_a_little_as_a_chat_does_is_text() -> None:
+    template = "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n{% endfor %}"
+    tokenizer = chat_tokenizer(Form(template, "</s>", "</s>", "<s>", adds_bos=True))
+    for text, bos in (("### Title\nHi", 1), ("### user:\nHi", 0), ("Hi", 1)):
+        assert encode_prompt(text, tokenizer, "prompt")[0].count(tokenizer.bos_token_id) == bos
+
+
 # ---- what messages may be
 
 
