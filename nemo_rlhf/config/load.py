@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_rlhf.config.commands import COMMANDS
 from nemo_rlhf.config.dumping import note_interpolations, refuse_masks
 from nemo_rlhf.config.keys import expected, schema_keys
-from nemo_rlhf.config.overrides import COMMAND_LINE, exists, is_section, read_override, unknown_key
+from nemo_rlhf.config.overrides import COMMAND_LINE, exists, is_section, literal, read_override, unknown_key
 from nemo_rlhf.config.paths import locate
 from nemo_rlhf.config.plan import PlanConfig
 from nemo_rlhf.config.scalars import Reader, Scalar, first_place, is_null, shown, typed
@@ -319,7 +319,8 @@ def _resolve(node: DictConfig, keys: Mapping[str, Any]) -> None:
             continue
         text = OmegaConf.to_container(parent, resolve=False)[name]  # type: ignore[call-overload,index]
         try:
-            OmegaConf.update(node, key, parent[name])
+            value = parent[name]
+            OmegaConf.update(node, key, literal(value) if isinstance(value, str) else value)
         except OmegaConfBaseException as error:
             reason = str(error).splitlines()[0]
             raise ValueError(
