@@ -337,6 +337,7 @@ def test_words_of_a_command_line_are_masked() -> None:
             "reward.sources=[{kind: function, arguments: {api_key: ***, n: 1}}]"
         ),
         "generation.max_new_tokens=5": "generation.max_new_tokens=5",
+        "reward.sources=[{arguments: {eos_token: abc}}]": "reward.sources=[{arguments: {eos_token: abc}}]",
         "server.token_env=NAME": "server.token_env=NAME",
     }
     assert {word: masked_word(word) for word in words} == words

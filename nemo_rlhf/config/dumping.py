@@ -17,7 +17,10 @@ MASK = "***"
 # as libraries read them: of a service, all up to the last @ of the host's part; of a database, a password may have /
 _SERVICE = re.compile(r"(?P<scheme>\bhttps?)://[^\s/?#]*@", re.IGNORECASE)
 _DATABASE = re.compile(r"(?P<start>\b(?!https?:)[A-Za-z][\w+.-]*://[^\s/:@]*):[^\s@]*@", re.IGNORECASE)
-_SECRET = r"[\w.-]*(?:password|passwd|secret|token|api_?key|access_?key|private_?key|credentials?)"
+_SECRET = (
+    r"(?!\w*(?:bos|eos|end|pad|unk|sep|cls|mask|stop)_token\b)"
+    r"[\w.-]*(?:password|passwd|secret|token|api_?key|access_?key|private_?key|credentials?)"
+)
 _QUERY = re.compile(rf"(?P<name>[?&]{_SECRET})=[^&\s'\"]+", re.IGNORECASE)
 _NAME = re.compile(rf"{_SECRET}", re.IGNORECASE)
 _WORD = re.compile(
