@@ -18,6 +18,7 @@ from nemo_rlhf.config.architecture import Architecture
 from nemo_rlhf.data.tokenizer import fingerprint
 from nemo_rlhf.models.base import NonFiniteError
 from nemo_rlhf.parallel import checkpoint, state, watch
+from nemo_rlhf.parallel.reading import load_object
 
 _STATE, _IDENTITY = "state.pt", "identity.json"
 Metrics = dict[str, float]
@@ -178,7 +179,7 @@ class Algorithm(LightningModule):
                     f"run was started with, or another exp_manager.explicit_log_dir."
                 )
         self.load_models(directory)
-        loop = checkpoint.load_object(directory / _STATE)
+        loop = load_object(directory / _STATE)
         self.completed_steps, self.unvalidated = loop["completed_steps"], loop["unvalidated"]
         torch.set_rng_state(loop["rng"])
         self.load_loop_state(loop)

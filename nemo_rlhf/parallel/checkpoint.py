@@ -27,7 +27,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_rlhf.config.architecture import Architecture
-from nemo_rlhf.parallel import manifest, state
+from nemo_rlhf.parallel import manifest, reading, state
 from nemo_rlhf.parallel.gpt import GPT
 from nemo_rlhf.parallel.manifest import MANIFEST
 from nemo_rlhf.parallel.replicas import load_strategy, save_strategy
@@ -107,20 +107,16 @@ def load_tensors(sharded_state: dict[str, Any], directory: Path) -> dict[str, An
     Raises:
         ValueError: the checkpoint does not hold it (another architecture, or damaged files).
     """
-    if not (Path(directory) / "common.pt").is_file():
-        raise ValueError(
-            f"{directory} has no common.pt: it is damaged, or megatron-core 0.19 or newer wrote it, which older "
-            "versions cannot read; check model.restore_from."
-        )
+    directory = Path(directory)
+    reading.check(directory)
     try:
         # what the files lack is found where all ranks learn of it, which megatron's stricter ways do not wait for
         return dist_checkpointing.load(
-            sharded_state, str(directory), load_strategy(directory), strict="assume_ok_unexpected"
+            sharded_state, str(directory), load_strategy(), reading.CommonStrategy(), strict="assume_ok_unexpected"
         )
     except (CheckpointException, CheckpointingException, KeyError, ValueError) as error:
-        detail = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"{directory} does not fit this model, or is damaged ({detail}): check model.restore_from."
+            f"{directory} does not fit this model, or is damaged ({_reason(error)[:300]}): check model.restore_from."
         ) from error
 
 
@@ -359,7 +355,3 @@ def save_object(value: Any, file: Path) -> None:
         file.write_bytes(buffer.getbuffer())
 
     on_rank_zero(write)
-
-
-def load_object(file: Path) -> Any:
-    return torch.load(file, weights_only=True, map_location="cpu")
