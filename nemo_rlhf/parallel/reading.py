@@ -15,6 +15,7 @@ import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig
 from megatron.core.dist_checkpointing.strategies import torch as megatron_strategies
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadItemType
@@ -61,6 +62,18 @@ class Reader(FileSystemReader):
         return super().read_data(plan, planner)
 
 
+class TensorStrategy(TorchDistLoadShardedStrategy):
+    """megatron-core's, with that reader in place of torch's."""
+
+    def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> dict[str, Any]:
+        theirs = megatron_strategies._get_filesystem_reader
+        megatron_strategies._get_filesystem_reader = Reader  # type: ignore[assignment]  # it takes none from outside
+        try:
+            return super().load(sharded_state_dict, checkpoint_dir)
+        finally:
+            megatron_strategies._get_filesystem_reader = theirs
+
+
 class CommonStrategy(TorchCommonLoadStrategy):
     """megatron-core's, without what it does in an environment that switches torch's care off."""
 
@@ -80,6 +93,3 @@ def load_object(file: Path, kind: type = object) -> Any:
     if not isinstance(found, kind):
         raise ValueError(f"{file} holds {type(found).__name__}, not {kind.__name__}: use another checkpoint.")
     return found
-
-
-megatron_strategies._get_filesystem_reader = Reader

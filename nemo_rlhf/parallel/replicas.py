@@ -14,11 +14,12 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
 )
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy, TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 
 from nemo_rlhf.parallel import state
 from nemo_rlhf.parallel.experts import EXPERTS
+from nemo_rlhf.parallel.reading import TensorStrategy
 
 _SaveStrategy: TypeAlias = FullyParallelSaveStrategyWrapper | TorchDistSaveShardedStrategy
 # by the group that shares the writing, and the checksums of what all ranks hold
@@ -50,7 +51,7 @@ def save_strategy(sharded_state: dict[str, Any]) -> _SaveStrategy:
 
 def load_strategy() -> FullyParallelLoadStrategyWrapper:
     """Everyone reads a part, and sends it to those who hold the same."""
-    return _LoadStrategy(TorchDistLoadShardedStrategy(), state.dp_group())
+    return _LoadStrategy(TensorStrategy(), state.dp_group())
 
 
 class _LoadStrategy(FullyParallelLoadStrategyWrapper):
