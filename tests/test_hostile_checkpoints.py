@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_rlhf.convert import import_hf
+from nemo_rlhf.convert import export_hf, import_hf
+from nemo_rlhf.parallel import manifest
 from nemo_rlhf.parallel.metadata import read_metadata
 from tests import bombs
 from tests.conftest import Tiny, write_tokenizer
@@ -27,6 +29,7 @@ OPENED = [f"{how}: {file}" for file, ways in WEIGHTS.items() for how in ways]
 OPENED += ["whole: .metadata", "legacy: common.pt"]
 UNREAD = {"inspect": ("common.pt", "__0_0.distcp"), "export": ("common.pt",), "verify": ("common.pt",)}
 ROUTES = ("inspect", "export", "verify", "generate", "restore_from", "critic", "kind: model", "serve-reward")
+DAMAGED = ("export", "generate", "restore_from", "serve-reward")
 
 
 def opened_by(route: str) -> list[str]:
@@ -101,6 +104,13 @@ def outcomes(tiny: Tiny, place: Path) -> dict[tuple[str, str], dict[str, Any]]:
             }
         )
         keys.append(("resume", case))
+    for route in DAMAGED:
+        opened = place / f"{len(keys)}"
+        origin, model = (place / "run", "checkpoints/step_1") if route != "serve-reward" else (place / "judge", "")
+        file = opened / model / ("policy" if model else "") / "weights" / "__0_0.distcp"
+        arguments = command(route, tiny, place, opened / model)
+        payload.append({"arguments": arguments, "copy": (str(origin), str(opened)), "damage": str(file)})
+        keys.append(("damaged", route))
     (results,) = run_distributed("tests.workers.run_worker:runs", 1, payload, timeout_s=300)
     assert results[0]["code"] == 0, results[0]
     return dict(zip(keys, results, strict=True))
@@ -240,3 +250,50 @@ def test_metadata_that_is_whole_says_what_torch_says(place: Path) -> None:
     ours, theirs = read_metadata(weights), pickle.loads((weights / ".metadata").read_bytes())
     assert ours.state_dict_metadata == theirs.state_dict_metadata
     assert ours.storage_data == theirs.storage_data
+
+
+@pytest.mark.parametrize("route", DAMAGED)
+def test_damaged_weights_are_not_used(route: str, outcomes: dict[tuple[str, str], dict[str, Any]]) -> None:
+    found = outcomes["damaged", route]
+    assert found["code"] == 2, found
+    assert re.search(r"the checkpoint .* is damaged: weights/__0_0.distcp is missing or differs", found["stderr"])
+
+
+def test_what_people_may_edit_is_not_compared(place: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(place / "policy", tmp_path / "policy")
+    for file in ("model_config.yaml", "tokenizer/config.json"):
+        (copy / file).write_text((copy / file).read_text() + "\n")
+    export_hf(copy, tmp_path / "hf")
+    (copy / manifest.MANIFEST).unlink()  # and without a manifest nothing is
+    export_hf(copy, tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("[1]", "holds a list"),
+        ("{}", "names no files"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"files": {"/dev/zero": [0, 0]}}', "names '/dev/zero', which is not below it"),
+        ('{"files": {"weights/../../x": [0, 0]}}', "which is not below it"),
+        ('{"files": {"weights/common.pt": [1]}}', "no size and checksum"),
+        ('{"files": {"weights/common.pt": [1, 2]}}', "weights/common.pt is missing or differs"),
+        ('{"files": {"weights/pipe": [0, 0]}}', "weights/pipe is missing or differs"),
+        ('{"files": {"weights/zero": [0, 0]}}', "weights/zero is missing or differs"),
+    ],
+)
+def test_a_manifest_cannot_lead_elsewhere(content: str, says: str, place: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(place / "policy", tmp_path / "policy")
+    os.mkfifo(copy / "weights" / "pipe")
+    (copy / "weights" / "zero").symlink_to("/dev/zero")
+    (copy / manifest.MANIFEST).write_text(content)
+    with pytest.raises(ValueError, match=says):
+        export_hf(copy, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_manifest_of_others_in_the_directory_above_is_not_ours(place: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(place / "policy", tmp_path / "models" / "policy")
+    (copy / manifest.MANIFEST).unlink()
+    (tmp_path / "models" / manifest.MANIFEST).write_text("[]")
+    export_hf(copy, tmp_path / "hf")

@@ -41,7 +41,7 @@ def open_role(kind: type[Role], config: ModelConfig, source: str, precision: str
     that the source does not have start anew; ``sizes`` are fields of ``Architecture`` that say how large they are.
 
     Raises:
-        ValueError: there is no model, it does not fit the cut, or it lacks what the role needs.
+        ValueError: there is no model, it is damaged, does not fit the cut, or lacks what the role needs.
     """
     stored = read_architecture(source)
     if "value" in stored.heads and kind.role != "critic":
@@ -63,6 +63,7 @@ def open_role(kind: type[Role], config: ModelConfig, source: str, precision: str
         load_weights(model.gpt, open_source(source), stored)
     else:
         missing = () if has_heads else [name for name, _ in model.gpt.named_parameters() if name.startswith(HEADS)]
+        checkpoint.verify_weights(directory)
         checkpoint.load_model(model.gpt, directory, missing=missing)
     if not has_heads:
         model.gpt.start_value_trunk()

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from nemo_rlhf.config.architecture import Architecture
+from nemo_rlhf.convert.checkpoint import WEIGHTS
 from nemo_rlhf.convert.load import load_weights, open_source
 from nemo_rlhf.convert.locate import read_architecture, resolve_restore_from
-from nemo_rlhf.parallel import state
+from nemo_rlhf.parallel import manifest, state
 from nemo_rlhf.parallel.gpt import GPT, Role, build_gpt
 
 _RANDOM_PROMPTS, _RANDOM_LENGTH = 4, 48
@@ -56,7 +57,7 @@ def verify(hf_dir: str | Path, ckpt_dir: str | Path, prompts: Sequence[str] = ()
     Raises:
         ValueError: one of the directories holds no such model, or they hold models of different shapes.
     """
-    (hf_form, hf_dir), (form, _) = resolve_restore_from(hf_dir), resolve_restore_from(ckpt_dir)
+    (hf_form, hf_dir), (form, ckpt_dir) = resolve_restore_from(hf_dir), resolve_restore_from(ckpt_dir)
     if (hf_form, form) != ("hf", "megatron"):
         raise ValueError(
             f"{hf_dir if hf_form != 'hf' else ckpt_dir} is of the other format: give HF_DIR, then CKPT_DIR."
@@ -66,6 +67,7 @@ def verify(hf_dir: str | Path, ckpt_dir: str | Path, prompts: Sequence[str] = ()
         ours, other = getattr(architecture, name), getattr(theirs, name)
         if ours != other:
             raise ValueError(f"{ckpt_dir} and {hf_dir} are different models: {name} is {ours} and {other}.")
+    manifest.check(ckpt_dir, WEIGHTS)
     tokens = _tokens(hf_dir, architecture, prompts)
     dtypes = [torch.float32, torch.bfloat16] if torch.cuda.is_available() else [torch.float32]
     return tuple(

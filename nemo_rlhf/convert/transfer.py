@@ -109,6 +109,7 @@ def export_hf(
     check_workers(workers)
     refuse_existing(Path(hf_dir), force)
     source = CheckpointSource(ckpt_dir, architecture)
+    manifest.check(ckpt_dir, WEIGHTS, workers)
     config = hf_config(architecture, stored_dtype(source), tokenizer_directory(ckpt_dir))
     heads, trunk = source.heads(), source.value_trunk
     size = sum(_bytes(part) for part in (source, heads, trunk) if part is not None)

@@ -26,7 +26,8 @@ def runs(payload: list[dict[str, Any]]) -> list[dict[str, Any]]:
     Keys of a run: ``arguments`` of nemo-rlhf; ``stop_in_step``: the step (from 1) in which this process gets SIGUSR1;
     ``nan_in_step``: the step whose policy loss is made NaN; ``copy``: a pair (from, to) of directories to copy before;
     ``damage``: a file to flip a byte of before; ``plant``: what ``bombs.plant`` is given then; ``env``: variables.
-    Returns for each ``code``, ``stderr``, ``seconds`` and, where a run ended in an exception that the program does not expect, ``traceback``.
+    Returns for each ``code``, ``stderr``, ``seconds`` and, where a run ended in an exception that the program does not
+    expect, ``traceback``.
     """
     results = []
     for number, each in enumerate(payload):
