@@ -60,10 +60,11 @@ def read_json(path: Path, kind: type = dict, limit: int = MAX_FILE_BYTES) -> Any
 def read_bytes(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
     """What a small file holds. Raises ValueError as ``read_json`` does."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a device has no end, and a pipe may have no beginning
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # a device has no end, and a pipe may have no beginning
             raise ValueError(f"{path} is not a regular file: restore the file.")
         with path.open("rb") as file:
-            data = file.read(limit + 1)
+            data = file.read(min(limit, max(found.st_size, 1 << 16)) + 1)
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}).") from None
     if len(data) > limit:

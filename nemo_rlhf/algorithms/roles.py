@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nemo_rlhf.config.schema import ModelConfig, PPOModelConfig
-from nemo_rlhf.convert.load import HEADS, init_heads, load_weights, open_source
+from nemo_rlhf.convert.load import HEADS, check_source, init_heads, load_weights, open_source
 from nemo_rlhf.convert.locate import TOKENIZER, read_architecture, resolve_restore_from, tokenizer_directory
-from nemo_rlhf.convert.source import RandomSource
+from nemo_rlhf.convert.source import RandomSource, WeightSource
 from nemo_rlhf.convert.transfer import copy_tokenizer
 from nemo_rlhf.data.tokenizer import load_tokenizer
 from nemo_rlhf.models.base import DTYPES, MegatronModel
@@ -53,14 +53,18 @@ def open_role(kind: type[Role], config: ModelConfig, source: str, precision: str
                 f"the heads in {source} have {name}={getattr(stored, name)}, and {value} is asked for: use the sizes "
                 "that it was trained with."
             )
+    form, directory = resolve_restore_from(source)
+    weights: WeightSource | None = None
+    if config.init == "random" and source == config.restore_from:
+        weights = RandomSource(stored, seed)
+    elif form == "hf":
+        weights = open_source(source)
+        check_source(weights, stored, critic=kind.role == "critic")
     dtype = str(DTYPES[precision]).removeprefix("torch.")
     model = kind(config, replace(stored, **sizes, heads=kind.heads, dtype=dtype), precision)
-    form, directory = resolve_restore_from(source)
     init_heads(model.gpt, seed)
-    if config.init == "random" and source == config.restore_from:
-        load_weights(model.gpt, RandomSource(stored, seed), stored)
-    elif form == "hf":
-        load_weights(model.gpt, open_source(source), stored)
+    if weights is not None:
+        load_weights(model.gpt, weights, stored)
     else:
         missing = () if has_heads else [name for name, _ in model.gpt.named_parameters() if name.startswith(HEADS)]
         checkpoint.verify_weights(directory)

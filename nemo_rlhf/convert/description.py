@@ -13,6 +13,7 @@ from nemo_rlhf.convert.checkpoint import CheckpointSource
 from nemo_rlhf.convert.families import weight_map
 from nemo_rlhf.convert.locate import read_architecture, resolve_restore_from, tokenizer_directory
 from nemo_rlhf.convert.source import open_hf
+from nemo_rlhf.untrusted import read_json
 
 _IDENTITY = "identity.json"  # what training writes beside the models of a step
 _NOT_SHAPING = (
@@ -99,7 +100,8 @@ def _tokenizer(directory: Path) -> tuple[dict[str, Any] | None, list[Any]]:
 def _step(directory: Path) -> int | None:
     """Of the training that wrote the checkpoint; None where it was converted."""
     identity = directory.parent / _IDENTITY
-    return int(json.loads(identity.read_text())["step"]) if identity.is_file() else None
+    step = read_json(identity).get("step") if identity.is_file() else None
+    return step if isinstance(step, int) else None
 
 
 def _fingerprint(architecture: Architecture, vocabulary: list[Any]) -> str:

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from nemo_rlhf.untrusted import read_bytes
+from nemo_rlhf.untrusted import is_lfs_pointer, lfs_sentence, read_bytes
 
 _FILE = ".metadata"
 _MAX_BYTES = 1 << 33
@@ -77,6 +77,8 @@ def read_metadata(directory: Path) -> Metadata:
         ValueError: the file is missing, damaged, or asks for anything but that.
     """
     directory = Path(directory)
+    if not (directory / _FILE).exists():
+        raise ValueError(f"{directory} is not a whole checkpoint: it has no {_FILE}; use another one.")
     data = read_bytes(directory / _FILE, _MAX_BYTES)
     try:
         return _checked(_Unpickler(io.BytesIO(data)).load(), directory)
@@ -161,4 +163,7 @@ def _sizes(value: Any) -> torch.Size:
 def _file_size(directory: Path, name: str) -> int:
     if Path(name).name != name or not (directory / name).is_file():
         raise ValueError(f"it names {name[:200]!r}, and there is no such file in {directory}")
+    with (directory / name).open("rb") as file:
+        if is_lfs_pointer(file.read(64)):
+            raise ValueError(lfs_sentence(directory / name))
     return (directory / name).stat().st_size
