@@ -10,6 +10,7 @@ from nemo_rlhf.config.schema import ModelConfig, PPOModelConfig
 from nemo_rlhf.convert.load import HEADS, check_source, init_heads, load_weights, open_source
 from nemo_rlhf.convert.locate import TOKENIZER, read_architecture, resolve_restore_from, tokenizer_directory
 from nemo_rlhf.convert.source import RandomSource, WeightSource
+from nemo_rlhf.convert.token_ids import check_ids
 from nemo_rlhf.convert.transfer import copy_tokenizer
 from nemo_rlhf.data.tokenizer import load_tokenizer
 from nemo_rlhf.models.base import DTYPES, MegatronModel
@@ -23,16 +24,11 @@ def open_tokenizer(config: ModelConfig) -> tuple[Any, Path]:
     """The tokenizer that ``model.tokenizer`` or ``model.restore_from`` names, and its directory.
 
     Raises:
-        ValueError: there is none, or it has more tokens than the model's vocabulary.
+        ValueError: there is none, or an id of it is not in the model's vocabulary.
     """
     directory = Path(config.tokenizer) if config.tokenizer else tokenizer_directory(config.restore_from)
     tokenizer = load_tokenizer(directory)
-    vocab_size = read_architecture(config.restore_from).vocab_size
-    if len(tokenizer) > vocab_size:
-        raise ValueError(
-            f"the tokenizer in {directory} has {len(tokenizer)} tokens, but the model in {config.restore_from} has a "
-            f"vocabulary of {vocab_size}: name its own tokenizer in model.tokenizer."
-        )
+    check_ids(tokenizer, directory, read_architecture(config.restore_from).vocab_size, config.restore_from)
     return tokenizer, directory
 
 

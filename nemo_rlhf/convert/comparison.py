@@ -15,6 +15,7 @@ from nemo_rlhf.config.architecture import Architecture
 from nemo_rlhf.convert.checkpoint import WEIGHTS
 from nemo_rlhf.convert.load import load_weights, open_source
 from nemo_rlhf.convert.locate import read_architecture, resolve_restore_from
+from nemo_rlhf.convert.token_ids import open_tokenizer
 from nemo_rlhf.parallel import manifest, state
 from nemo_rlhf.parallel.gpt import GPT, Role, build_gpt
 
@@ -82,9 +83,7 @@ def _tokens(hf_dir: Path, architecture: Architecture, prompts: Sequence[str]) ->
         generator = torch.Generator().manual_seed(0)
         size = (_RANDOM_PROMPTS, 1, min(_RANDOM_LENGTH, architecture.max_position_embeddings))
         return list(torch.randint(architecture.vocab_size, size, generator=generator))
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(hf_dir)
+    tokenizer = open_tokenizer(hf_dir)
     encoded = [tokenizer(prompt)["input_ids"][: architecture.max_position_embeddings] for prompt in prompts]
     if empty := [prompt for prompt, ids in zip(prompts, encoded, strict=True) if not ids]:
         raise ValueError(f"The prompt {empty[0]!r} has no tokens: give one with text.")
@@ -99,9 +98,10 @@ def _device() -> torch.device:
 def _run_hugging_face(hf_dir: Path, tokens: Sequence[Tensor], dtype: torch.dtype) -> list[_Trace]:
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(hf_dir)
+    careful = {"trust_remote_code": False, "local_files_only": True}
+    config = transformers.AutoConfig.from_pretrained(hf_dir, **careful)
     kind = getattr(transformers, config.architectures[0])
-    model = kind.from_pretrained(hf_dir, dtype=dtype).to(_device()).eval()
+    model = kind.from_pretrained(hf_dir, dtype=dtype, **careful).to(_device()).eval()
     blocks = next(m for m in model.base_model.children() if isinstance(m, torch.nn.ModuleList))
     head = model.score if hasattr(model, "score") else model.get_output_embeddings()
 

@@ -33,9 +33,11 @@ def load_tokenizer(directory: str | Path) -> Any:
         )
     try:
         if any((found / name).is_file() for name in ("tokenizer_config.json", "config.json")):
-            tokenizer = AutoTokenizer.from_pretrained(str(found), local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(str(found), local_files_only=True, trust_remote_code=False)
         else:
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(found), local_files_only=True)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(
+                str(found), local_files_only=True, trust_remote_code=False
+            )
     except Exception as error:  # transformers raises whatever its parsers do
         reason = " ".join(str(error).split())
         raise ValueError(f"The tokenizer in {found} cannot be loaded ({type(error).__name__}: {reason}).") from error
