@@ -12,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nemo_rlhf.algorithms.roles import open_role
 from nemo_rlhf.cli import main
 from nemo_rlhf.config.architecture import Architecture
+from nemo_rlhf.config.schema import ModelConfig
 from nemo_rlhf.convert import export_hf, import_hf, inspect, verify
 from nemo_rlhf.convert.families import architecture_of
 from nemo_rlhf.convert.locate import read_architecture
@@ -260,11 +262,27 @@ def test_a_damaged_model_config_gets_one_sentence(
     file = tmp_path / "ckpt" / "model_config.yaml"
     file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **change}))
     assert "does not describe a model" in refused(capsys, "inspect", tmp_path / "ckpt")
-    for content in ("- 1\n", "[" * 50_000, "a: [\n"):
-        file.write_text(content)
-        assert "does not describe a model" in refused(capsys, "inspect", tmp_path / "ckpt")
-    file.write_text(LFS)
-    assert "git lfs pull" in refused(capsys, "inspect", tmp_path / "ckpt")
+
+
+@pytest.mark.parametrize("content", ["- 1\n", "[" * 50_000, "a: [\n", "", LFS])
+def test_a_file_that_is_no_model_config_gets_one_sentence(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model_config.yaml").write_text(content)
+    words = "git lfs pull" if content == LFS else "does not describe a model"
+    assert words in refused(capsys, "inspect", tmp_path)
+
+
+def test_no_model_is_built_of_what_its_weights_do_not_bear_out(copy: Path) -> None:
+    class Built:
+        role, heads = "policy", ()
+
+        def __init__(self, *_: Any) -> None:
+            raise AssertionError("it was built")
+
+    edit(copy / "config.json", hidden_size=1 << 40)
+    with pytest.raises(ValueError, match=r"tensor model.embed_tokens.weight has shape"):
+        open_role(Built, ModelConfig(restore_from=str(copy)), str(copy), "32-true", 0)  # type: ignore[type-var]
 
 
 # What is no model, or one in wrappings
@@ -420,11 +438,8 @@ def test_force_never_touches_its_source(
     shutil.copy(copy / "config.json", tmp_path / "outer")
     (tmp_path / "link").symlink_to(ckpt)
     before = sorted(path for path in tmp_path.rglob("*"))
-    for target in (ckpt, inner / "new", ckpt / "..", tmp_path / "outer"):
-        assert (
-            "lie in each other" in refused(capsys, "export", inner if target != ckpt else ckpt, target, "--force")
-            or target == ckpt / ".."
-        )
+    for source, target in ((ckpt, ckpt), (inner, inner / "new"), (inner, tmp_path / "outer"), (inner, ckpt / "..")):
+        assert "lie in each other" in refused(capsys, "export", source, target, "--force")
     assert "lie in each other" in refused(capsys, "import", copy, copy / "ckpt")
     assert "is a link to" in refused(capsys, "import", copy, tmp_path / "link", "--force")
     (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
