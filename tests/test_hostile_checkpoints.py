@@ -237,6 +237,23 @@ def test_what_metadata_says_is_checked(change: Any, says: str, place: Path, tmp_
     assert str(tmp_path) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "value", [{"a": 1}, [torch.ones(2)], "text", torch.ones(3).to_sparse(), torch.ones(3), torch.ones(32).double()]
+)
+def test_what_is_no_such_tensor_is_refused(value: Any, place: Path, tmp_path: Path) -> None:
+    def change(described: Any) -> None:
+        _, found = next(item for item in described.storage_data.items() if item[0].fqn.endswith("layernorm.weight"))
+        torch.save(value, tmp_path / "weights" / "__9_0.distcp")
+        found.relative_path, found.offset = "__9_0.distcp", 0
+        found.length = (tmp_path / "weights" / "__9_0.distcp").stat().st_size
+
+    changed(place, tmp_path, change)
+    for name in ("model_config.yaml", "tokenizer"):
+        (tmp_path / name).symlink_to(place / "policy" / name)
+    with pytest.raises(ValueError, match=r"__9_0\.distcp (is damaged|holds other values)"):
+        export_hf(tmp_path, tmp_path.with_name(f"{tmp_path.name}_hf"))
+
+
 def test_files_that_are_no_metadata_are_refused(tmp_path: Path) -> None:
     for content in (b"", b"\x80", b"garbage", pickle.dumps([1]), pickle.dumps({"a": torch.float32})):
         (tmp_path / ".metadata").write_bytes(content)

@@ -56,9 +56,10 @@ def resolve_restore_from(path: str | Path) -> tuple[Format, Path]:
 
 def _refuse_adapters(path: Path) -> None:
     """transformers would load an adapter that lies beside a model; here nothing does."""
+    is_model = (path / CONFIG).is_file() or (path / FILE_NAME).is_file()
     for name in _ADAPTER:
-        found = next((place for place in (path / name, *sorted(path.glob(f"*/{name}"))) if place.is_file()), None)
-        if found is None or (found.parent != path and ((path / CONFIG).is_file() or (path / FILE_NAME).is_file())):
+        places = [path / name, *([] if is_model else sorted(path.glob(f"*/{name}")))]
+        if (found := next((place for place in places if place.is_file()), None)) is None:
             continue
         base = None
         if found.name == _ADAPTER[0]:

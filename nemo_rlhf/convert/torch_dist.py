@@ -119,11 +119,12 @@ def _open(path: Path, chunk: Chunk, dtype: torch.dtype) -> Array:
             view.seek(0)
             reader: Any = torch._C.PyTorchFileReader(view)
             offset = reader.get_record_offset("data/0")
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is damaged ({reason}): use another checkpoint.") from None
     shape = tuple(part.stop - part.start for part in chunk.box)
-    if (tuple(tensor.shape), tensor.dtype) != (shape, dtype) or not tensor.is_contiguous():
+    is_plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.is_contiguous()
+    if not is_plain or (tuple(tensor.shape), tensor.dtype) != (shape, dtype):
         raise ValueError(f"{path} holds other values than its .metadata says: use another checkpoint.")
     return Array(path, chunk.start + offset + tensor.storage_offset() * dtype.itemsize, shape, dtype)
 
