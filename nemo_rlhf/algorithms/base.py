@@ -18,6 +18,8 @@ from nemo_rlhf.config.architecture import Architecture
 from nemo_rlhf.data.tokenizer import fingerprint
 from nemo_rlhf.models.base import NonFiniteError
 from nemo_rlhf.parallel import checkpoint, state, watch
+from nemo_rlhf.parallel.reading import load_object
+from nemo_rlhf.untrusted import read_json
 
 _STATE, _IDENTITY = "state.pt", "identity.json"
 Metrics = dict[str, float]
@@ -170,7 +172,7 @@ class Algorithm(LightningModule):
         Raises:
             ValueError: it belongs to another model, tokenizer or algorithm.
         """
-        stored = json.loads((directory / _IDENTITY).read_text())
+        stored = read_json(directory / _IDENTITY)
         for name, value in self._identity().items():
             if stored.get(name) != value:
                 raise ValueError(
@@ -178,7 +180,7 @@ class Algorithm(LightningModule):
                     f"run was started with, or another exp_manager.explicit_log_dir."
                 )
         self.load_models(directory)
-        loop = checkpoint.load_object(directory / _STATE)
+        loop = load_object(directory / _STATE)
         self.completed_steps, self.unvalidated = loop["completed_steps"], loop["unvalidated"]
         torch.set_rng_state(loop["rng"])
         self.load_loop_state(loop)
@@ -199,7 +201,7 @@ class Algorithm(LightningModule):
 
 def stored_metrics(directory: Path) -> tuple[int, Metrics]:
     """Step and metrics of a checkpoint. Raises OSError, ValueError or KeyError where there is no whole one."""
-    stored = json.loads((directory / _IDENTITY).read_text())
+    stored = read_json(directory / _IDENTITY)
     return stored["step"], stored["metrics"]
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 import queue
 import shutil
 from collections.abc import Callable, Collection, Iterator
@@ -27,9 +26,8 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_rlhf.config.architecture import Architecture
-from nemo_rlhf.parallel import manifest, state
+from nemo_rlhf.parallel import manifest, reading, state
 from nemo_rlhf.parallel.gpt import GPT
-from nemo_rlhf.parallel.manifest import MANIFEST
 from nemo_rlhf.parallel.replicas import load_strategy, save_strategy
 from nemo_rlhf.parallel.writers import Mailbox
 
@@ -107,20 +105,16 @@ def load_tensors(sharded_state: dict[str, Any], directory: Path) -> dict[str, An
     Raises:
         ValueError: the checkpoint does not hold it (another architecture, or damaged files).
     """
-    if not (Path(directory) / "common.pt").is_file():
-        raise ValueError(
-            f"{directory} has no common.pt: it is damaged, or megatron-core 0.19 or newer wrote it, which older "
-            "versions cannot read; check model.restore_from."
-        )
+    directory = Path(directory)
+    reading.check(directory)
     try:
         # what the files lack is found where all ranks learn of it, which megatron's stricter ways do not wait for
         return dist_checkpointing.load(
-            sharded_state, str(directory), load_strategy(directory), strict="assume_ok_unexpected"
+            sharded_state, str(directory), load_strategy(), reading.CommonStrategy(), strict="assume_ok_unexpected"
         )
     except (CheckpointException, CheckpointingException, KeyError, ValueError) as error:
-        detail = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"{directory} does not fit this model, or is damaged ({detail}): check model.restore_from."
+            f"{directory} does not fit this model, or is damaged ({_reason(error)[:300]}): check model.restore_from."
         ) from error
 
 
@@ -293,17 +287,6 @@ def on_rank_zero(action: Callable[[], None]) -> None:
         raise OSError(failure[0])
 
 
-def _describe(directory: Path, names: list[str]) -> dict[str, list[int]]:
-    """Size and CRC-32 of each file, the work split among ranks. A file that cannot be read is left out."""
-    mine = {}
-    for name in names[dist.get_rank() :: dist.get_world_size()]:
-        with suppress(OSError):
-            mine[name] = manifest.describe(directory / name)
-    parts: list[dict[str, list[int]]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(parts, mine)
-    return {name: entry for part in parts for name, entry in part.items()}
-
-
 def _write_manifest(directory: Path, described: dict[str, list[int]]) -> None:
     parts: list[dict[str, list[int]]] = [{}] * dist.get_world_size()
     dist.all_gather_object(parts, described)
@@ -330,15 +313,30 @@ def verify(directory: Path) -> None:
     """
     directory = Path(directory)
     try:
-        expected = json.loads((directory / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"the checkpoint {directory} is damaged: its {MANIFEST} cannot be read ({error}).") from None
-    found = _describe(directory, sorted(expected))
-    for name, entry in sorted(expected.items()):
-        if found.get(name) != entry:
-            raise ValueError(
-                f"the checkpoint {directory} is damaged: {name} is missing or differs from what was saved."
-            )
+        expected = manifest.read(directory)
+    except ValueError as error:
+        raise ValueError(f"the checkpoint {directory} is damaged: {error}") from None
+    _compare(directory, expected)
+
+
+def verify_weights(directory: Path) -> None:
+    """Check a model's weights against the manifest, where there is one; all ranks take part. What people may have
+    edited, its description and its tokenizer, is left alone.
+
+    Raises:
+        ValueError: names the first file that is missing or differs.
+    """
+    _compare(directory, manifest.entries_of(directory, WEIGHTS))
+
+
+def _compare(directory: Path, expected: dict[str, list[int]]) -> None:
+    """Every rank reads some of the files, and all raise the same."""
+    names = sorted(expected)
+    mine = names[dist.get_rank() :: dist.get_world_size()]
+    parts: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(parts, [name for name in mine if not manifest.matches(directory / name, expected[name])])
+    if wrong := sorted(name for part in parts for name in part):
+        raise manifest.damaged(directory, wrong[0])
 
 
 def remove(directory: Path) -> None:
@@ -359,7 +357,3 @@ def save_object(value: Any, file: Path) -> None:
         file.write_bytes(buffer.getbuffer())
 
     on_rank_zero(write)
-
-
-def load_object(file: Path) -> Any:
-    return torch.load(file, weights_only=True, map_location="cpu")

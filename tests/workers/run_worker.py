@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 
 from nemo_rlhf import cli
+from tests import bombs
 
 
 def runs(payload: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -24,8 +25,9 @@ def runs(payload: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Keys of a run: ``arguments`` of nemo-rlhf; ``stop_in_step``: the step (from 1) in which this process gets SIGUSR1;
     ``nan_in_step``: the step whose policy loss is made NaN; ``copy``: a pair (from, to) of directories to copy before;
-    ``damage``: a file to flip a byte of before; ``env``: variables. Returns for each ``code``, ``stderr``, ``seconds``
-    and, where a run ended in an exception that the program does not expect, ``traceback``.
+    ``damage``: a file to flip a byte of before; ``plant``: what ``bombs.plant`` is given then; ``env``: variables.
+    Returns for each ``code``, ``stderr``, ``seconds`` and, where a run ended in an exception that the program does not
+    expect, ``traceback``.
     """
     results = []
     for number, each in enumerate(payload):
@@ -45,6 +47,7 @@ def _run(
     nan_in_step: int | None = None,
     copy: tuple[str, str] | None = None,
     damage: str | None = None,
+    plant: tuple[str, str, str] | None = None,
     env: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     if os.environ["RANK"] == "0":
@@ -52,6 +55,8 @@ def _run(
             shutil.copytree(*copy, symlinks=True)
         if damage is not None:
             flip_a_byte(Path(damage))
+        if plant is not None:
+            bombs.plant(*plant)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     heard = io.StringIO()
