@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pickle
 import re
 import socket
 import threading
@@ -22,6 +23,7 @@ import torch
 from nemo_rlhf.config import PPOConfig, load
 from nemo_rlhf.config.commands import REQUIRED
 from nemo_rlhf.config.sources import KINDS, FunctionSourceConfig, HttpSourceConfig, read_sources
+from nemo_rlhf.rollout import pool as pools
 from nemo_rlhf.rollout import rules
 from nemo_rlhf.rollout.http import RewardService
 from nemo_rlhf.rollout.named import load_function
@@ -187,6 +189,36 @@ def test_bad_samples_are_named_or_get_the_fallback(text: str, words: str) -> Non
     assert scored.by_source["f"].tolist() == [1.0, 3.0, -2.0, 5.0, 2.0] and scored.fallbacks == {"f": 1}
     assert score_all([CalledSource(pool, "f", 2.0)], make_rollout("abc"), None).fallbacks == {"f": 0}
     pool.close()
+
+
+def test_nothing_that_a_worker_sends_runs_in_the_run(tmp_path: Path) -> None:
+    """Whoever has a worker owns its connection. A lie about a reward is all that goes through it."""
+    marker = tmp_path / "ran"
+    pool = make_pool("hostile", arguments={"marker": str(marker)}, timeout_s=2, on_failure=-1)
+    attacks = {
+        "pickle": "took more than 2 s",
+        "half": "took more than 2 s",
+        "close": "closed its connection",
+        "pickle line": "answered with something other than numbers",
+    }
+    with pytest.warns(UserWarning):
+        scores = score(pool, make_rollout(*attacks, "large", "good"), None).scores.tolist()
+    assert scores == [-1.0] * 5 + [2.0] and not marker.exists()
+    pool.close()
+    pool = make_pool("hostile", arguments={"marker": str(marker)}, workers=1)
+    with pytest.raises(ValueError, match=r"\\x1b\[2Jraised for sample 0"):
+        score(pool, make_rollout("escape"), None)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [b'[true, "1"]', b"[true, [[1.0]]]", b"[true, [null]]", b"[true, true]", b"[" * 100_000, b'{"a": 1, "b": 2}',
+     b"[true, " + b"9" * 5000 + b"]", b"[true, 1.0]\n[true, 2.0]", b"[true]", b"[1, 2.0]", b"[false, 7]", b"", b"null",
+     b"\xff\xfe", pickle.dumps((True, 1.0))],
+)  # fmt: skip
+def test_only_numbers_or_a_sentence_are_taken_from_a_worker(said: bytes) -> None:
+    with pytest.raises(pools._Lost, match="something other than numbers"):
+        pools._checked(said + b"\n")
 
 
 def test_nothing_that_a_function_started_outlives_its_time_out() -> None:
