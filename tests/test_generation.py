@@ -230,8 +230,8 @@ def test_stop_strings_stop(hf_dir: Path, tokenizer: Any, greedy: tuple[Sample, .
             else:
                 assert (len(sample.response_ids), sample.text) == expected
                 assert sample.response_ids == full.response_ids[: expected[0]]
-                assert sample.finish_reason == "stop"
-        assert stopped[2].finish_reason == "stop"
+                assert sample.finish_reason.startswith("stop:") and sample.finish_reason[5:] in stop
+        assert stopped[2].finish_reason == f"stop:{spanning}"
 
 
 @pytest.mark.parametrize("special", [False, True])
@@ -262,11 +262,11 @@ def test_endings_equal_decoding_everything(tokenizer: Any, special: bool) -> Non
                 response += [0] * special  # EOS under ignore_eos
             ending = Ending(tokenizer, SamplingParams(len(response), stop=stop, ignore_eos=True))
             reasons = [ending.reason(response[:count]) for count in range(1, len(response) + 1)]
-            found = next((count for count, reason in enumerate(reasons, 1) if reason == "stop"), None)
+            found = next((count for count, reason in enumerate(reasons, 1) if reason and reason[:5] == "stop:"), None)
             expected = slow_stop(tokenizer, response, stop)
             assert found == (expected and expected[0])
             if expected:
-                assert ending.text(response[: expected[0]], "stop") == expected[1]
+                assert ending.text(response[: expected[0]], reasons[found - 1]) == expected[1]
                 reached += 1
             else:
                 assert reasons[-1] == "length"
