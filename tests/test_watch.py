@@ -1,4 +1,4 @@
-"""Signs of life between ranks: whatever strangers send, rank 0 goes on listening."""
+"""How ranks find each other, and signs of life between them: whatever strangers send, rank 0 goes on listening."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from nemo_rlhf.parallel import watch
+from nemo_rlhf.parallel import meeting, watch
+from tests.spawn import run_distributed
 
 
 class Kept(dict[str, str]):
@@ -63,3 +64,16 @@ def test_rank_0_listens_where_the_others_look_for_it(leader: watch._Leader, monk
     assert bound("localhost", "127.0.0.1") == "127.0.0.1"
     assert bound("node7", "127.0.0.1") == "0.0.0.0"  # others know it by another address
     assert bound("node7", "192.0.2.7") == "0.0.0.0"  # which is none of this machine's
+
+
+def test_ranks_of_one_machine_meet_where_no_other_reaches_them() -> None:
+    for world_size, store in ((1, "HashStore"), (2, "TCPStore")):
+        for kind, *addresses in run_distributed("tests.workers.state_worker:addresses", world_size, {}, timeout_s=120):
+            assert kind == store and {"::", "0.0.0.0"}.isdisjoint(addresses)
+
+
+def test_what_loopback_is_to_every_machine() -> None:
+    assert all(map(meeting.is_loopback, ("127.0.0.1", "127.3.2.1", "::1", "localhost")))
+    assert not any(
+        map(meeting.is_loopback, ("node7", "10.0.0.1", "0.0.0.0", "::", "fe80::1%eth0", "", "127.0.0.1.org"))
+    )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import faulthandler
 import hmac
-import ipaddress
 import json
 import os
 import secrets
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from nemo_rlhf.parallel.meeting import is_loopback
 from nemo_rlhf.untrusted import parse_json
 
 _KEY = "nemo_rlhf/watch"
@@ -219,17 +219,13 @@ def _listening() -> socket.socket:
     """A socket at the address by which the others know rank 0, and at no other where that can be."""
     family, address = _address(0)
     listener = socket.socket(family, socket.SOCK_DGRAM)
-    if _is_ours_alone(os.environ["MASTER_ADDR"], address[0]):
+    # A node may know its own name as an address of loopback, by which the others do not find it.
+    if is_loopback(os.environ["MASTER_ADDR"]) or not is_loopback(address[0]):
         with suppress(OSError):  # an address that the network translates is none of this node's
             listener.bind(address)
             return listener
     listener.bind(("", 0))
     return listener
-
-
-def _is_ours_alone(name: str, address: str) -> bool:
-    """Whether the others find this node at ``address`` as well: a node may know its own name as one of loopback."""
-    return name in (address, "localhost") or not ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 def _store() -> Any:

@@ -46,15 +46,9 @@ def load_function(name: str, key: str = "reward.function") -> Callable[..., Any]
     return function  # type: ignore[no-any-return]
 
 
-def printable(text: str) -> str:
-    """The text in one line, without what a terminal would take for an order."""
-    words = " ".join(text.split())
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in words)
-
-
 def one_line(error: BaseException) -> str:
     """The kind of the error and what it says."""
-    message = printable(str(error))
+    message = " ".join(str(error).split())
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 

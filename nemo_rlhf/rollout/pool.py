@@ -22,8 +22,9 @@ from time import monotonic
 from typing import Any
 
 from nemo_rlhf.config.sources import FunctionSourceConfig
-from nemo_rlhf.rollout.named import brief, printable
+from nemo_rlhf.rollout.named import brief
 from nemo_rlhf.rollout.score import RewardError
+from nemo_rlhf.rollout.terminal import printable
 from nemo_rlhf.untrusted import parse_json
 
 _START_S = 300.0  # that a worker may take for its imports, from a slow shared disk
