@@ -103,10 +103,12 @@ def _num_equal(a: str, b: str) -> int:
 
 
 def _opening(tokenizer: Any, chat: str) -> str:
-    """The first word of a chat, behind BOS, unless it is people's own."""
+    """What stands in front of people's words in a chat, behind BOS; of that, where it begins with special tokens, the
+    first word, because a template's own words may follow."""
     head = chat.removeprefix(tokenizer.bos_token or "")
-    head = head[: head.find(_QUESTION)].lstrip()
-    return head.split(maxsplit=1)[0] if head else ""
+    head = head[: head.find(_QUESTION)].strip()
+    first = head.split(maxsplit=1)[0] if head else ""
+    return first if any(token in first for token in tokenizer.all_special_tokens) else head
 
 
 def _whole_tokens(tokenizer: Any, text: str, place: int) -> int:

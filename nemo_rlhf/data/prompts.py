@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from nemo_rlhf.data.chat_format import takes_bos
 from nemo_rlhf.data.chats import read_chat
 from nemo_rlhf.data.records import Source, missing_field, read_records
 from nemo_rlhf.data.tokenizer import encode
@@ -32,11 +31,11 @@ def encode_prompt(prompt: Any, tokenizer: Any, where: str, record: Any = None) -
     """Token ids and text of a prompt: a string, or chat messages, whose text ends where the assistant goes on: behind
     the header of its turn, or, where the last message is its own, in the midst of that.
 
-    A string gets what the tokenizer puts in front of a text (BOS) where it does not begin with that, nor as the chat
-    template begins a chat; a chat template writes BOS itself. ``record``: as in ``read_chat``.
+    A string gets what the tokenizer puts in front of a text (BOS); a chat template writes that itself. ``record``: as
+    in ``read_chat``.
     """
     if isinstance(prompt, str):
-        return encode(tokenizer, prompt, start=takes_bos(tokenizer, prompt)), prompt
+        return encode(tokenizer, prompt, start=True), prompt
     if isinstance(prompt, (list, tuple)):
         chat = read_chat(where, prompt, tokenizer, record)
         text = chat.prompt()

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from nemo_rlhf.data.chat_format import reply_end, response_ends, takes_bos, up_to_end
+from nemo_rlhf.data.chat_format import reply_end, response_ends, up_to_end
 from nemo_rlhf.data.chats import read_chat
 from nemo_rlhf.data.prompts import encode_prompt
 from nemo_rlhf.data.records import Source, best_records, missing_field, read_records
@@ -143,7 +143,7 @@ def is_done(where: str, record: Any) -> bool:
 
 def _whole_text(where: str, text: Any, tokenizer: Any) -> list[Piece]:
     _check_text(where, "text", text)
-    return [(encode(tokenizer, text, start=takes_bos(tokenizer, text)), True)]
+    return [(encode(tokenizer, text, start=True), True)]
 
 
 def _dialogue(where: str, turns: Sequence[Any], tokenizer: Any) -> list[Piece]:
@@ -152,7 +152,11 @@ def _dialogue(where: str, turns: Sequence[Any], tokenizer: Any) -> list[Piece]:
     pieces: list[Piece] = []
     for index, turn in enumerate(turns):
         if index % 2:
-            pieces.append(_learned(where, f"turn {index}", turn, tokenizer))
+            token_ids, _ = _learned(where, f"turn {index}", turn, tokenizer)
+            response = up_to_end(token_ids, response_ends(tokenizer))
+            pieces.append((response, True))
+            if index + 1 < len(turns) and len(response) < len(token_ids):
+                pieces.append((token_ids[len(response) :], False))
         elif isinstance(turn, str):
             pieces.append((encode(tokenizer, turn, start=index == 0), False))
         else:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_rlhf.data.chat_format import takes_bos
 from nemo_rlhf.data.chats import check_variables
 
 # What a directory holds when there is a tokenizer in it; one of these is enough.
@@ -126,12 +127,13 @@ def encode(tokenizer: Any, text: str, *, start: bool, split_special: bool = Fals
 
     Args:
         start: it begins a sequence, so the special tokens that the tokenizer puts in front of a text (BOS) stand there,
-            once where the text has them itself; those that it puts behind one (EOS) never do.
+            once where the text has them itself, and not where it is a chat of a template that has none; those that it
+            puts behind one (EOS) never do.
         split_special: the name of a special token in the text is words, and not that token.
     """
     options = {"verbose": False, **({"split_special_tokens": True} if split_special else {})}
     own = list(tokenizer(text, add_special_tokens=False, **options)["input_ids"])
-    if not start:
+    if not start or not takes_bos(tokenizer, text):
         return own
     prefix = _added_in_front(tokenizer)
     return own if own[: len(prefix)] == prefix else [*prefix, *own]

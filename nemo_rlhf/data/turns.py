@@ -43,6 +43,8 @@ def chat_pieces(chat: Chat) -> list[Piece]:
             "give prompt and response."
         )
     pieces = _encode_spans(chat, whole, spans)
+    if chat.messages[-1]["role"] == "assistant":
+        pieces.pop()
     if 0 in weights:
         if len(spans) != len(weights):
             raise ValueError(f'{chat.where}: "weight" needs a template that marks each turn of the assistant once.')
@@ -64,7 +66,7 @@ def last_turn(chat: Chat) -> list[Piece]:
     if start is None:  # the template writes earlier messages differently when more follow
         headers = chat_format(chat.tokenizer).headers
         start = next((whole.rfind(header) + len(header) for header in headers if header and header in whole), 0)
-    return _encode_spans(chat, whole, [(start, len(whole))])
+    return _encode_spans(chat, whole, [(start, len(whole))])[:2]
 
 
 def prompt_ids(chat: Chat, text: str) -> list[int]:
@@ -156,7 +158,7 @@ def _marked_spans(chat: Chat, template: str) -> list[Span]:
 
 def _encode_spans(chat: Chat, text: str, spans: Sequence[Span]) -> list[Piece]:
     """What lies between spans and the spans in turn, each span up to the token that ends it, which may be the next one
-    behind it. Behind the last, what is left of a chat that ends in a turn of the assistant is left out."""
+    behind it; what is left behind the last stands at the end."""
     ends = response_ends(chat.tokenizer)
     borders = [0, *(place for span in spans for place in span), len(text)]
     pieces = [
@@ -170,6 +172,4 @@ def _encode_spans(chat: Chat, text: str, spans: Sequence[Span]) -> list[Piece]:
         if behind and not (response and response[-1] in ends) and behind[0] in ends:
             response.append(behind.pop(0))
         pieces[index] = (response, True)
-    if spans and chat.messages[-1]["role"] == "assistant":
-        pieces.pop()
     return pieces
