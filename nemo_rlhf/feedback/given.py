@@ -124,7 +124,7 @@ def _field(where: str, record: dict[str, Any], name: str, kind: type, default: A
         return default
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ValueError(f"{where}: {name} is {_brief(value)}, and must be {_KINDS[kind]}.")
-    if kind is int and not -_LARGEST_STEP <= value <= _LARGEST_STEP:
+    if kind is int and abs(record[name]) > _LARGEST_STEP:
         raise ValueError(f"{where}: {name} is {_brief(value)}, and must lie within {_LARGEST_STEP}.")
     return value
 
