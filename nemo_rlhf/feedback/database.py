@@ -58,7 +58,8 @@ class Database:
             raise Unreachable(f"The store {self.shown_url} cannot be opened: {reason}.") from error
         except DatabaseError as error:
             self.engine.dispose()
-            raise ValueError(self.reason(error)) from error
+            kind = ValueError if self.is_sqlite else Unreachable  # a server may be mended meanwhile
+            raise kind(self.reason(error)) from error
         except ValueError:
             self.engine.dispose()
             raise
