@@ -98,6 +98,13 @@ def _serve_arguments(serve: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="signs the sessions (default: of NEMO_RLHF_FEEDBACK_SECRET, or made)",
     )
+    serve.add_argument(
+        "--allow-host",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="name under which a proxy shows the page; this machine's names and all addresses are allowed anyway",
+    )
 
 
 def run_feedback(options: argparse.Namespace) -> int:
@@ -107,12 +114,16 @@ def run_feedback(options: argparse.Namespace) -> int:
         ValueError: wrong input.
     """
     require_libraries()
+    from sqlalchemy.exc import DatabaseError
+
     from nemo_rlhf.feedback.store import Store
 
     ways = {"serve": _serve, "import": _import, "export": _export, "invite": _invite, "simulate": _simulate}
     store = Store.open(options.store)
     try:
         return ways[options.way](store, options)
+    except DatabaseError as error:
+        raise ValueError(store.database.reason(error)) from error
     finally:
         store.close()
 
@@ -135,7 +146,7 @@ def _find_run(store: Store, options: argparse.Namespace) -> int | None:
 def _serve(store: Store, options: argparse.Namespace) -> int:
     from nemo_rlhf.feedback.web.server import read_guidelines, serve
 
-    config = ServeConfig(options.host, options.port, options.secret_file)
+    config = ServeConfig(options.host, options.port, options.secret_file, tuple(options.allow_host))
     run_id = _run_id(store, options)
     if options.guidelines is not None:
         store.run(store.info(run_id).name, guidelines=read_guidelines(Path(options.guidelines)))
