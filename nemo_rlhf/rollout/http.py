@@ -19,8 +19,8 @@ from typing import Any
 import aiohttp
 
 from nemo_rlhf.config.sources import HttpSourceConfig
-from nemo_rlhf.rollout.named import one_line
 from nemo_rlhf.rollout.score import RewardError, Unavailable
+from nemo_rlhf.rollout.words import one_line
 
 LONGEST_PAUSE_S = 30.0
 _LOOK_S = 0.2  # how often a pause is broken to see whether the run is to stop
