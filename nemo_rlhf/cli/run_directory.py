@@ -20,7 +20,7 @@ import yaml
 from nemo_rlhf.algorithms.base import stored_origin
 from nemo_rlhf.cli.run_lock import locked
 from nemo_rlhf.config import dump
-from nemo_rlhf.config.changes import DATA, Change, changes, not_allowed
+from nemo_rlhf.config.changes import DATA, Change, changes, fixed_values, not_allowed
 from nemo_rlhf.config.schema import TrainingConfig
 from nemo_rlhf.data.checksum import checksum
 from nemo_rlhf.parallel import checkpoint
@@ -101,7 +101,12 @@ def origin(config: TrainingConfig, data: Data, code: Code) -> dict[str, Any]:
             "or on a file system that all of them see."
         )
     described = {name: _describe(function) for name, function in code.items() if function is not None}
-    return {"config": yaml.safe_load(dump(config)), "data": sums, "code": described}
+    return {
+        "config": yaml.safe_load(dump(config)),
+        "fixed": fixed_values(config),
+        "data": sums,
+        "code": described,
+    }
 
 
 def _describe(function: Callable[..., Any]) -> dict[str, str]:
@@ -124,7 +129,7 @@ def check_resumption(config: TrainingConfig, found: Mapping[str, Any], resume: P
         ValueError: what has changed makes another run of it; every such key is named.
     """
     before = stored_origin(resume)
-    lines = changes(before.get("config", {}), found["config"])
+    lines = changes(before.get("config", {}), found["config"]) | changes(before.get("fixed", {}), found["fixed"])
     refused = not_allowed(lines, config.exp_manager.allow_changes)
     shown = [f"{key}: {_show(old)} -> {_show(new)}" for key, (old, new) in lines.items()]
     for name, (old, new) in changes(before.get("data", {}), found["data"]).items():

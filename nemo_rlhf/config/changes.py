@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from nemo_rlhf.config.keys import schema_keys
+from nemo_rlhf.config.rules import has_key, value_of
 
 # What a run learns from, and the shape of what learns: keys that cannot be meant to change in its midst. All others
 # may, and are told: how long it runs, how it is cut, what it costs, how fast it learns, where files are. What the files
@@ -37,6 +38,11 @@ DATA = "data"
 _ALLOW = "exp_manager.allow_changes"
 
 Change = tuple[Any, Any]  # what it was, what it is
+
+
+def fixed_values(cfg: Any) -> dict[str, Any]:
+    """The values of FIXED that this command has, as they are: a dump may keep names of variables in their place."""
+    return {key: value_of(cfg, key) for key in FIXED if has_key(cfg, key)}
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Change]:

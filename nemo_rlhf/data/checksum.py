@@ -6,6 +6,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 
@@ -21,11 +22,10 @@ def checksum(records: Iterable[Any]) -> str:
 
 
 def _bytes(value: Any) -> bytes:
-    if isinstance(value, tuple) and value:
-        if all(isinstance(item, int) for item in value):
-            return array("q", value).tobytes()
-        if all(isinstance(item, int | float) for item in value):
-            return array("d", value).tobytes()
+    if isinstance(value, tuple):
+        for kind in ("q", "d"):  # whole numbers, any numbers
+            with suppress(TypeError, OverflowError):
+                return array(kind, value).tobytes()
     if isinstance(value, str):
         return value.encode(errors="surrogatepass")
     # of objects that are no JSON, which Python programs may put into fields, the kind counts: they have no bytes
