@@ -80,7 +80,7 @@ def run_ppo(
         inputs = PPOInputs(**online, store=store, stopping=stop.noted)
     else:
         begin(config.model, config.trainer, config.seed)
-        tokenizer, tokenizer_dir = open_tokenizer(config.model)
+        tokenizer, tokenizer_dir = open_tokenizer(config.model, config.data)
         inputs = PPOInputs(tokenizer, tokenizer_dir, env=env, metric_fn=metric_fn)
     return fit(PPO(config, inputs), config, *_made_of(inputs))
 
@@ -115,7 +115,7 @@ def _online(
     """The inputs of an algorithm that samples from prompts, once this process has become a rank of its job."""
     sources = _sources(config, reward_fn)
     begin(config.model, config.trainer, config.seed)
-    tokenizer, tokenizer_dir = open_tokenizer(config.model)
+    tokenizer, tokenizer_dir = open_tokenizer(config.model, config.data)
 
     def read(source: Source | None) -> Any:
         return read_prompts(source, tokenizer, config.data.max_prompt_length) if source is not None else ()
@@ -145,7 +145,7 @@ def _sources(config: PPOConfig | RFTConfig, reward_fn: RewardFunction | None) ->
 def run_sft(config: SFTConfig, *, train: Source | None = None, validation: Source | None = None) -> int:
     """Run supervised fine-tuning; as ``run_ppo``."""
     begin(config.model, config.trainer, config.seed)
-    tokenizer, tokenizer_dir = open_tokenizer(config.model)
+    tokenizer, tokenizer_dir = open_tokenizer(config.model, config.data)
 
     data = config.data
 
@@ -175,7 +175,7 @@ def run_ilql(
     if reward_fn is None and config.reward.function is not None:
         reward_fn = load_function(config.reward.function)
     begin(config.model, config.trainer, config.seed)
-    tokenizer, tokenizer_dir = open_tokenizer(config.model)
+    tokenizer, tokenizer_dir = open_tokenizer(config.model, config.data)
     data = config.data
 
     def read(source: Source | None, given: Sequence[Any] | None = None) -> Any:
@@ -206,7 +206,7 @@ def run_ilql(
 def run_reward(config: RewardModelConfig) -> int:
     """Train a reward model; as ``run_ppo``."""
     begin(config.model, config.trainer, config.seed)
-    tokenizer, tokenizer_dir = open_tokenizer(config.model)
+    tokenizer, tokenizer_dir = open_tokenizer(config.model, config.data)
     regression = config.reward_model.loss == "regression"
     kind, read = (ScoreTraining, read_scores) if regression else (PairTraining, read_pairs)
     limit, data = config.data.max_sequence_length, config.data
@@ -219,7 +219,7 @@ def run_reward(config: RewardModelConfig) -> int:
 def run_generate(config: GenerateConfig) -> int:
     """Write one response for each prompt to ``config.out``, as jsonl in the order of the prompts."""
     begin(config.model, config.trainer, 0)
-    tokenizer, _ = open_tokenizer(ModelConfig(**vars(config.model)))
+    tokenizer, _ = open_tokenizer(ModelConfig(**vars(config.model)), config.data)
     prompts = read_prompts(str(config.data.prompts), tokenizer, config.data.max_prompt_length)
     model = _open_sampler(config)
     longest = model.architecture.max_position_embeddings

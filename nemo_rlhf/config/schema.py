@@ -155,6 +155,7 @@ class ValidationSamplingConfig:
     top_k: Any = None
     top_p: Any = None
     stop: list[str] | None = None
+    stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     seed: Any = None
     beta: Any = None
@@ -169,8 +170,9 @@ class SamplingConfig:
     temperature: Any = 1.0  # float; 0: greedy (not in PPO rollouts)
     top_k: Any = 0  # int; sample from the k likeliest tokens; 0: from all
     top_p: Any = 1.0  # float; sample from the likeliest tokens that hold this probability
-    stop: list[str] = field(default_factory=list)  # strings that end a response
-    ignore_eos: bool = False  # go on to max_new_tokens whatever is drawn
+    stop: list[str] = field(default_factory=list)  # strings that end a response; special tokens by their names
+    stop_token_ids: list[int] = field(default_factory=list)  # tokens that do, beside those of the model
+    ignore_eos: bool = False  # go on whatever the model draws
     num_slots: int = 32  # sequences that one data-parallel rank generates at a time
     seed: Any = 0  # int; of the sampling noise
     beta: Any = 0.0  # float; how far the Q values of an ILQL model guide its policy; 0: not at all
@@ -183,7 +185,15 @@ class GenerationConfig(SamplingConfig):
 
 
 @dataclass
-class PPODataConfig:
+class DataConfig:
+    """What every command that reads data knows."""
+
+    chat_template: str | None = None  # a file with a Jinja template, in place of the tokenizer's; kept in checkpoints
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # variables of the template, of every chat
+
+
+@dataclass
+class PPODataConfig(DataConfig):
     prompts: str | None = None  # jsonl file or `datasets` directory
     validation_prompts: str | None = None  # the same; null: no validation
     max_prompt_length: int = 1024  # tokens; a longer prompt is an error
@@ -191,7 +201,7 @@ class PPODataConfig:
 
 
 @dataclass
-class SFTDataConfig:
+class SFTDataConfig(DataConfig):
     train: str | None = MISSING  # jsonl file or `datasets` directory
     validation: str | None = None  # the same; null: no validation
     max_sequence_length: int = 2048  # tokens of prompt and response
@@ -229,7 +239,7 @@ class RFTAlgorithmConfig:
 
 
 @dataclass
-class ILQLDataConfig:
+class ILQLDataConfig(DataConfig):
     train: str | None = MISSING  # jsonl file or `datasets` directory of scored dialogues
     validation: str | None = None  # the same, for the validation loss; null: none
     validation_prompts: str | None = None  # prompts to sample from in validation; null: none
@@ -246,7 +256,7 @@ class RewardModelAlgorithmConfig:
 
 
 @dataclass
-class RewardDataConfig:
+class RewardDataConfig(DataConfig):
     train: str | None = MISSING  # jsonl file or `datasets` directory of compared or scored responses
     validation: str | None = None  # the same; null: no validation
     max_sequence_length: int = 2048  # tokens of prompt and response; longer examples are left out
@@ -254,7 +264,7 @@ class RewardDataConfig:
 
 
 @dataclass
-class GenerateDataConfig:
+class GenerateDataConfig(DataConfig):
     prompts: str | None = MISSING  # jsonl file or `datasets` directory
     max_prompt_length: int = 1024  # tokens; a longer prompt is an error
 

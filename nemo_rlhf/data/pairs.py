@@ -7,7 +7,7 @@ import warnings
 from typing import Any
 
 from nemo_rlhf.data.records import Source, missing_field, read_records
-from nemo_rlhf.data.texts import pieces_of
+from nemo_rlhf.data.texts import scored_tokens
 from nemo_rlhf.types import Pair
 
 
@@ -41,9 +41,9 @@ def read_pairs(source: Source, tokenizer: Any, max_sequence_length: int) -> list
             if len(halves) % 2:
                 continue
             (_, better), record = halves[-2], {"chosen": None}
-            sides = [_tokens(where, one, tokenizer) for one in (better, halves[-1][1])]
+            sides = [scored_tokens(where, one, tokenizer) for one in (better, halves[-1][1])]
         else:
-            sides = [_tokens(where, _side(where, record, name), tokenizer) for name in ("chosen", "rejected")]
+            sides = [scored_tokens(where, _side(where, record, name), tokenizer) for name in ("chosen", "rejected")]
         num_all += 1
         if sides[0] == sides[1]:
             raise ValueError(f"{where}: chosen and rejected are the same text, of which neither can be better.")
@@ -66,16 +66,12 @@ def read_pairs(source: Source, tokenizer: Any, max_sequence_length: int) -> list
     return pairs
 
 
-def _side(where: str, record: dict[str, Any], name: str) -> Any:
+def _side(where: str, record: dict[str, Any], name: str) -> dict[str, Any]:
     if record.get(name) is None:
         raise missing_field(where, record, (name,))
     if record.get("prompt") is not None:
-        return {"prompt": record["prompt"], "response": record[name]}
-    return {"messages": record[name]}
-
-
-def _tokens(where: str, record: Any, tokenizer: Any) -> tuple[int, ...]:
-    return tuple(token for ids, _ in pieces_of(where, record, tokenizer) for token in ids)
+        return {**record, "response": record[name]}
+    return {**record, "messages": record[name]}
 
 
 def _margin(where: str, margin: Any) -> float:
