@@ -388,6 +388,33 @@ def test_importing_a_module_is_its_code_too(tmp_path: Path, monkeypatch: pytest.
             load_function(f"{name}:f")
 
 
+def test_a_rank_begins_with_modes_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a script did for a model of its own, before it called ``nemo_rlhf.train``, is not the run's."""
+    from nemo_rlhf.cli import rank
+    from nemo_rlhf.config.schema import HardwareConfig, ModelConfig
+
+    for owner, name in ((rank.state, "initialize"), (rank.watch, "start"), (rank.atexit, "register")):
+        monkeypatch.setattr(owner, name, lambda *_, **__: None)
+    monkeypatch.setattr(rank.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(rank, "kernels", lambda *_: "stubs")
+    environment, before = dict(os.environ), torch_modes()
+    with warnings.catch_warnings():
+        try:
+            torch.set_grad_enabled(False)
+            torch.set_default_dtype(torch.float64)
+            torch.set_default_device("meta")
+            rank.begin(ModelConfig(), HardwareConfig(), 0)
+            assert torch.is_grad_enabled()
+            assert (torch.empty(1).dtype, torch.empty(1).device.type) == (torch.float32, "cpu")
+        finally:
+            torch.set_grad_enabled(True)
+            torch.set_default_dtype(torch.float32)
+            torch.set_default_device(None)
+            for name in os.environ.keys() - environment.keys():
+                del os.environ[name]
+    assert torch_modes() == before
+
+
 def test_a_limit_that_is_gone_for_good_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: Any) -> None:
         raise ValueError("not allowed to raise maximum limit")

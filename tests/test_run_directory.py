@@ -25,7 +25,7 @@ from nemo_rlhf.cli import run_lock
 from nemo_rlhf.cli.run_directory import _check_array_job, _make
 from nemo_rlhf.cli.run_lock import LOCK, Holder, locked
 from nemo_rlhf.config import load
-from nemo_rlhf.config.changes import FIXED, changes, not_allowed
+from nemo_rlhf.config.changes import FIXED, changes, fixed_values, not_allowed
 from nemo_rlhf.config.keys import schema_keys
 from nemo_rlhf.config.schema import ILQLConfig, PPOConfig, RewardModelConfig, RFTConfig, SFTConfig
 from nemo_rlhf.data.checksum import checksum
@@ -231,6 +231,15 @@ def test_fixed_keys_exist() -> None:
         *(schema_keys(kind) for kind in (PPOConfig, SFTConfig, ILQLConfig, RFTConfig, RewardModelConfig))
     )
     assert set(FIXED) <= known
+
+
+def test_fixed_keys_are_compared_by_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = ["model.restore_from=m", "exp_manager.explicit_log_dir=r", "data.train=t", "seed=${oc.env:MY_SEED}"]
+    found = []
+    for seed in ("1", "2"):
+        monkeypatch.setenv("MY_SEED", seed)
+        found.append(fixed_values(load("sft", base)))
+    assert changes(*found) == {"seed": (1, 2)}
 
 
 def test_changes_are_found_key_by_key() -> None:

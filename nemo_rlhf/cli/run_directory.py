@@ -24,6 +24,7 @@ from nemo_rlhf.config.changes import DATA, Change, changes, fixed_values, not_al
 from nemo_rlhf.config.schema import TrainingConfig
 from nemo_rlhf.data.checksum import checksum
 from nemo_rlhf.parallel import checkpoint
+from nemo_rlhf.rollout.pool import Pool
 
 CONFIG = "config.yaml"
 _DIRECTORIES = ("checkpoints", "rollouts", "validation", "values", "logs", "tensorboard")
@@ -113,7 +114,7 @@ def _describe(function: Callable[..., Any]) -> dict[str, str]:
     """Its name and, where it comes from a file, a checksum of that."""
     while isinstance(function, partial):
         function = function.func
-    function = getattr(function, "function", function)  # of a pool of workers
+    function = function.function if isinstance(function, Pool) else function
     named = function if hasattr(function, "__qualname__") else type(function)
     try:
         source = Path(inspect.getsourcefile(named) or "").read_bytes()
