@@ -169,6 +169,8 @@ DEEDS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "open gone": (lambda: delattr(builtins, "open"), lambda: builtins.open),
     "a clock that stands still": (lambda: setattr(time, "time", lambda: 0.0), lambda: time.time),
     "temporary files elsewhere": (lambda: setattr(tempfile, "tempdir", "/nowhere"), lambda: tempfile.tempdir),
+    "cores": (lambda: os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]), lambda: os.sched_getaffinity(0)),
+    "errors of numpy": (lambda: np.seterr(all="raise"), np.geterr),
     "limit": (
         lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (200, resource.getrlimit(resource.RLIMIT_NOFILE)[1])),
         lambda: resource.getrlimit(resource.RLIMIT_NOFILE),
@@ -270,6 +272,8 @@ def raises(error: BaseException) -> Callable[[], None]:
         (sys.exit, r"called sys\.exit\(None\), which may not end a run"),
         (lambda: sys.exit(3), r"called sys\.exit\(3\), which may not end a run"),
         (lambda: sys.exit("no key"), r"called sys\.exit\('no key'\), which may not end a run"),
+        (lambda: os.abort(), r"called os\.abort\(\), which may not end a run"),  # noqa: PLW0108
+        (lambda: os.execvp("true", ["true"]), r"called os\.execve?\(b?'"),
         (lambda: os._exit(0), r"called os\._exit\(0\), which may not end a run"),
         (raises(KeyboardInterrupt()), r"raised KeyboardInterrupt\.$"),
         (raises(GeneratorExit()), r"raised GeneratorExit\.$"),
@@ -322,6 +326,26 @@ def test_a_process_that_it_forks_may_end() -> None:
         worker.start()
         worker.join()
     assert worker.exitcode == 5
+
+
+@pytest.mark.parametrize(("end", "code"), [(lambda: None, 0), (lambda: sys.exit(4), 4), (lambda: 1 / 0, 1)])
+def test_a_process_that_it_forks_does_not_go_on_with_the_run(end: Callable[[], Any], code: int) -> None:
+    child, here = 0, os.getpid()
+    try:
+        with foreign("The reward"):
+            child = os.fork()
+            if child == 0:
+                end()
+    finally:
+        if os.getpid() != here:
+            os.kill(os.getpid(), signal.SIGKILL)  # it has come here, which it must not
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
+
+
+def test_torch_distributed_is_the_run_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = torch.distributed.is_initialized()
+    with pytest.raises(ValueError, match=r"torch\.distributed was started or ended"), foreign("The reward"):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: not now)
 
 
 def test_objects_that_it_is_handed_are_copies() -> None:

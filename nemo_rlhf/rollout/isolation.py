@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -25,11 +25,11 @@ _theirs: list[State] = [{} for _ in GROUPS]  # what people's code has set, and t
 _is_inside = False
 _copies: dict[int, tuple[Any, Any]] = {}
 _interrupts: list[int] = []  # of the call that goes on: it was Ctrl-C, and no exception that code has made
-_exit = os._exit
+_WAYS_OUT = {name: getattr(os, name) for name in ("_exit", "abort", "execv", "execve")}
 
 
 class _Ended(BaseException):
-    """People's code has called ``os._exit``."""
+    """People's code has called what would end the process."""
 
 
 @contextmanager
@@ -92,12 +92,9 @@ def set_random_states(states: dict[str, Any]) -> None:
 
 
 def _deed(error: BaseException) -> str:
-    if isinstance(error, SystemExit):
-        return (
-            f"called sys.exit({error.code!r}), which may not end a run: let it return, or raise an error that says why"
-        )
-    if isinstance(error, _Ended):
-        return f"called os._exit({error}), which may not end a run: let it return, or raise an error that says why"
+    if isinstance(error, SystemExit | _Ended):
+        call = str(error) if isinstance(error, _Ended) else f"sys.exit({error.code!r})"
+        return f"called {call}, which may not end a run: let it return, or raise an error that says why"
     return f"raised {one_line(error)}"
 
 
@@ -139,13 +136,17 @@ def _is_same(one: Any, other: Any) -> bool:
 
 @contextmanager
 def _no_way_out() -> Iterator[None]:
-    """Inside, ``os._exit`` raises, and Ctrl-C is noted."""
+    """Inside, what would end this process or put another program in its place raises, and Ctrl-C is noted. A process
+    that people's code has forked, and that comes back, ends here: there is one run."""
     process, thread = os.getpid(), threading.get_ident()
 
-    def refuse(code: int) -> None:
-        if os.getpid() == process and threading.get_ident() == thread:
-            raise _Ended(code)
-        _exit(code)  # of a process that it has forked, or of the run's own threads
+    def refusing(name: str) -> Callable[..., Any]:
+        def refuse(*arguments: Any) -> Any:
+            if os.getpid() == process and threading.get_ident() == thread:
+                raise _Ended(f"os.{name}({', '.join(map(repr, arguments[:1]))})")
+            return _WAYS_OUT[name](*arguments)  # in a process that it has forked, or of the run's own threads
+
+        return refuse
 
     def interrupt(number: int, frame: Any) -> None:
         _interrupts.append(number)
@@ -154,11 +155,20 @@ def _no_way_out() -> Iterator[None]:
     listens = thread == threading.main_thread().ident and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if listens:
         signal.signal(signal.SIGINT, interrupt)
-    os._exit = refuse  # type: ignore[assignment]
+    refusals = {name: refusing(name) for name in _WAYS_OUT}
+    for name, refusal in refusals.items():
+        setattr(os, name, refusal)
+    code: Any = 0
     try:
         yield
+    except BaseException as error:
+        code = error.code if isinstance(error, SystemExit) else 1
+        raise
     finally:
-        if os._exit is refuse:
-            os._exit = _exit
+        if os.getpid() != process:
+            _WAYS_OUT["_exit"](code if isinstance(code, int) else int(code is not None))
+        for name, refusal in refusals.items():
+            if getattr(os, name, None) is refusal:
+                setattr(os, name, _WAYS_OUT[name])
         if listens:
             signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -198,12 +198,14 @@ _OF_PYTHON: dict[str, Item] = {
     ),
     "random numbers": (random.getstate, random.setstate),
 }
+if hasattr(os, "sched_getaffinity"):
+    _OF_PYTHON["cores"] = (partial(os.sched_getaffinity, 0), partial(os.sched_setaffinity, 0))
 
 
 def _numpy_items() -> Mapping[str, Item]:
     if "numpy.random" not in sys.modules:
         return {}
-    from numpy import asarray, frombuffer, random, uint32
+    from numpy import asarray, frombuffer, geterr, random, seterr, uint32
 
     def read() -> tuple[Any, ...]:
         kind, words, *rest = random.get_state(legacy=True)
@@ -212,7 +214,7 @@ def _numpy_items() -> Mapping[str, Item]:
     def write(kept: tuple[Any, ...]) -> None:
         random.set_state((kept[0], frombuffer(kept[1], dtype=uint32), *kept[2:]))
 
-    return {"random numbers of numpy": (read, write)}
+    return {"random numbers of numpy": (read, write), "errors of numpy": (geterr, lambda kept: seterr(**kept))}
 
 
 def _torch_items() -> Mapping[str, Item]:
@@ -314,8 +316,22 @@ def _limit(name: str) -> Item:
     return partial(resource.getrlimit, number), write
 
 
+def _groups_of_processes() -> Mapping[str, Item]:
+    distributed = sys.modules.get("torch.distributed")
+    if not hasattr(distributed, "is_initialized"):
+        return {}
+
+    def refuse(_: bool) -> None:
+        raise ValueError(
+            "torch.distributed was started or ended, which is the run's: let this code run in processes of its own "
+            "(reward.sources with workers)."
+        )
+
+    return {"torch.distributed": (distributed.is_initialized, refuse)}  # type: ignore[union-attr]
+
+
 _LIMIT_ITEMS = {name: _limit(name) for name in _LIMITS}
-# Modules come first: what puts the others back needs them. Limits come last: they may be gone for good.
+# Modules come first: what puts the others back needs them. What may be gone for good comes last.
 GROUPS: tuple[Any, ...] = (
     *map(Attributes, _MODULES),
     Attributes(sys, _OF_SYS),
@@ -326,6 +342,7 @@ GROUPS: tuple[Any, ...] = (
     Items(lambda: _OF_PYTHON),
     Items(_numpy_items),
     Items(lambda: _LIMIT_ITEMS),
+    Items(_groups_of_processes),
 )
 
 
