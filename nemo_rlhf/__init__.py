@@ -96,7 +96,7 @@ def train(
 
     launch_if_needed(checked.trainer.devices, checked.trainer.num_nodes, checked.model.tensor_model_parallel_size)
     with heeded():
-        from nemo_rlhf.cli.run import result_of
+        from nemo_rlhf.cli.fit import result_of
 
         code = _run(command, checked, arguments)
     if code in _EXITS_AFTER_SAVING:

@@ -10,6 +10,7 @@ from collections.abc import Collection
 
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_rlhf.config.changes import check_allow_changes
 from nemo_rlhf.config.commands import ALTERNATIVES, REQUIRED
 from nemo_rlhf.config.environment import check_environment
 from nemo_rlhf.config.plan import PlanConfig, check_plan
@@ -36,6 +37,7 @@ from nemo_rlhf.config.schema import (
 from nemo_rlhf.config.server import check_server
 from nemo_rlhf.config.slurm import SlurmConfig, check_slurm
 from nemo_rlhf.config.sources import check_reward
+from nemo_rlhf.config.validate_ilql import check_ilql_validation, check_value_trunk
 from nemo_rlhf.config.validate_people import FEEDBACK_RANGES, check_feedback
 from nemo_rlhf.config.validate_ppo import (
     check_advantage,
@@ -102,6 +104,7 @@ RANGES: dict[str, Rule] = {
     "ppo.critic_warmup_steps": NOT_NEGATIVE,
     "ppo.truncation_penalty": POSITIVE,
     "ppo.show_samples_every": NOT_NEGATIVE,
+    "ppo.keep_rollouts": COUNT,
     "ilql.tau": FRACTION,
     "ilql.gamma": FRACTION,
     "ilql.beta": NOT_NEGATIVE,
@@ -116,6 +119,7 @@ RANGES: dict[str, Rule] = {
     "rft.improve_steps": COUNT,
     "rft.start_percentile": FRACTION,
     "rft.end_percentile": FRACTION,
+    "rft.keep_rollouts": COUNT,
     "environment.max_turns": COUNT,
     "environment.validation_episodes": NOT_NEGATIVE,
     "generation.num_slots": COUNT,
@@ -208,6 +212,7 @@ def validate(cfg: Config | PlanConfig | SlurmConfig) -> None:
     check_betas(cfg)
     check_schedules(cfg)
     check_monitor(cfg)
+    check_allow_changes(cfg)
     check_batch_size(cfg)
     if isinstance(cfg, ILQLConfig):
         check_reward_function(cfg)
@@ -341,22 +346,6 @@ def check_percentiles(cfg: RFTConfig) -> None:
     if start > end:
         raise ValueError(
             f"rft.start_percentile={start} is above rft.end_percentile={end}: the percentile rises, lower the former."
-        )
-
-
-def check_ilql_validation(cfg: ILQLConfig) -> None:
-    if cfg.reward.function is not None and cfg.data.validation_prompts is None:
-        raise ValueError(
-            f"reward.function={cfg.reward.function} scores samples of validation, but data.validation_prompts is null: "
-            "name prompts, or leave the function out."
-        )
-
-
-def check_value_trunk(cfg: ILQLConfig) -> None:
-    if cfg.ilql.value_trunk and cfg.ilql.detach_heads:
-        raise ValueError(
-            "ilql.detach_heads=true would leave the trunk of ilql.value_trunk=true untaught, and the policy's learns "
-            "nothing from the heads anyway: leave one of the two out."
         )
 
 

@@ -6,6 +6,7 @@ file's size and checksum, and is renamed; ``verify`` tells a damaged one from a 
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
 import queue
@@ -221,14 +222,24 @@ def told_as_save_error(path: Path) -> Iterator[None]:
             raise
         if dist.get_rank() == 0:
             shutil.rmtree(_partial(path), ignore_errors=True)
+        reason = _reason(error)
         raise SaveError(
-            f"the checkpoint {path} could not be written ({_reason(error)}): free space or name another directory; "
-            f"earlier checkpoints are untouched."
+            f"the checkpoint {path} could not be written ({reason}): {_remedy(reason)}; earlier checkpoints are "
+            "untouched."
         ) from error
 
 
 def _is_lost_connection(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)  # gloo's own are but RuntimeErrors
+
+
+def _remedy(reason: str) -> str:
+    """What to do; the reason, which other ranks have but as text, begins with the error's number."""
+    if f"[Errno {errno.ENOENT}]" in reason:
+        return "something has deleted what was being written; see what else is at work in this directory"
+    if f"[Errno {errno.EACCES}]" in reason or f"[Errno {errno.EROFS}]" in reason:
+        return "make it writable or name another directory"
+    return "free space or name another directory"
 
 
 def _reason(error: BaseException) -> str:

@@ -21,9 +21,9 @@ import aiohttp
 
 from nemo_rlhf.config.dumping import masked
 from nemo_rlhf.config.sources import HttpSourceConfig
-from nemo_rlhf.rollout.named import one_line
 from nemo_rlhf.rollout.score import RewardError, Unavailable
 from nemo_rlhf.rollout.terminal import printable
+from nemo_rlhf.rollout.words import one_line
 from nemo_rlhf.untrusted import parse_json
 
 LONGEST_PAUSE_S = 30.0

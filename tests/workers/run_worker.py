@@ -224,3 +224,22 @@ def train_api(payload: dict[str, str]) -> dict[str, Any]:
 def _rising(output_ids: list[list[int]], **rest: Any) -> list[list[float]]:
     """0.1 for the first token of a response, 0.2 for the second, ..."""
     return [[0.1 * (place + 1) for place in range(len(ids))] for ids in output_ids]
+
+
+def other_data(_: Any) -> str:
+    """What ranks say that have read other prompts."""
+    from nemo_rlhf.cli.run_directory import origin
+    from nemo_rlhf.config import load
+    from nemo_rlhf.parallel import state
+    from nemo_rlhf.types import Prompt
+
+    state.initialize(1, 1, 0)
+    config = load("sft", ["model.restore_from=m", "exp_manager.explicit_log_dir=r", "data.train=t"])
+    rank = torch.distributed.get_rank()
+    same = origin(config, {"training": [Prompt((1, 2), "a")]}, {})
+    assert set(same["data"]) == {"training"}
+    try:
+        origin(config, {"training": [Prompt((1, 2 + rank), "a")]}, {})
+    except ValueError as error:
+        return str(error)
+    return "nothing"
