@@ -47,7 +47,7 @@ class _Steps(torch.utils.data.IterableDataset):
 
 class Algorithm(LightningModule):
     """``completed_steps``: steps done, over all resumptions; ``metrics``: those of the last one; ``unvalidated``: those
-    of a step that is done and whose validation could not be."""
+    of a step that is done and whose validation could not be; ``constants``: metrics that are the same at every step."""
 
     def __init__(
         self, run_dir: Path, max_steps: int, val_check_interval: int, tokenizer: Any, tokenizer_dir: Path
@@ -59,6 +59,7 @@ class Algorithm(LightningModule):
         self.completed_steps = 0
         self.metrics: Metrics = {}
         self.unvalidated: Metrics | None = None
+        self.constants: Metrics = {}
 
     @abstractmethod
     def run_step(self, step: int) -> Metrics:
@@ -136,6 +137,7 @@ class Algorithm(LightningModule):
         metrics = self.run_step(step)
         device.synchronize()
         metrics["time/total_s"] = time.perf_counter() - start
+        metrics |= self.constants
         metrics["memory/peak_mib"] = float(state.max_over_data_parallel(torch.tensor(device.peak_memory_mib())))
         return metrics
 

@@ -54,9 +54,10 @@ from nemo_rlhf.config.schema import (
 from nemo_rlhf.config.sources import read_sources
 from nemo_rlhf.convert.locate import read_architecture
 from nemo_rlhf.data.dialogues import read_dialogues, standardise
+from nemo_rlhf.data.files import Source
+from nemo_rlhf.data.intake import Intake
 from nemo_rlhf.data.pairs import read_pairs
 from nemo_rlhf.data.prompts import read_prompts, share_fields
-from nemo_rlhf.data.records import Source
 from nemo_rlhf.data.scores import read_scores
 from nemo_rlhf.data.texts import read_texts
 from nemo_rlhf.generation.engine import Engine
@@ -95,13 +96,12 @@ def run_ppo(
         env = load_function(config.environment.function, "environment.function")
     if env is None:
         store = open_store(config)
-        online = _online(config, reward_fn, prompts, validation_prompts, metric_fn)
-        inputs = PPOInputs(**online, store=store, stopping=stop.noted)
-    else:
-        begin(config.model, config.trainer, config.seed)
-        tokenizer, tokenizer_dir = open_tokenizer(config.model)
-        inputs = PPOInputs(tokenizer, tokenizer_dir, env=env, metric_fn=metric_fn)
-    return _fit(PPO(config, inputs), config)
+        intake = _intake(config)
+        online = _online(config, intake, reward_fn, prompts, validation_prompts, metric_fn)
+        return _fit(PPO(config, PPOInputs(**online, store=store, stopping=stop.noted)), config, intake)
+    begin(config.model, config.trainer, config.seed)
+    tokenizer, tokenizer_dir = open_tokenizer(config.model)
+    return _fit(PPO(config, PPOInputs(tokenizer, tokenizer_dir, env=env, metric_fn=metric_fn)), config)
 
 
 def run_rft(
@@ -113,11 +113,24 @@ def run_rft(
     metric_fn: Callable[..., dict[str, Any]] | None = None,
 ) -> int:
     """Run RFT; as ``run_ppo``."""
-    return _fit(RFT(config, RFTInputs(**_online(config, reward_fn, prompts, validation_prompts, metric_fn))), config)
+    intake = _intake(config)
+    online = _online(config, intake, reward_fn, prompts, validation_prompts, metric_fn)
+    return _fit(RFT(config, RFTInputs(**online)), config, intake)
+
+
+def _intake(config: TrainingConfig | GenerateConfig) -> Intake:
+    return Intake(config.data.fields, config.data.on_error)  # type: ignore[arg-type]
+
+
+def _read(reader: Callable[..., Any], given: Source | None, configured: str | None, *how: Any, **more: Any) -> Any:
+    """What ``reader`` makes of the records given in Python, or else of those that the configuration names."""
+    source = configured if given is None else given
+    return () if source is None else reader(source, *how, **more)
 
 
 def _online(
     config: PPOConfig | RFTConfig,
+    intake: Intake,
     reward_fn: RewardFunction | None,
     prompts: Source | None,
     validation_prompts: Source | None,
@@ -128,12 +141,10 @@ def _online(
     begin(config.model, config.trainer, config.seed)
     tokenizer, tokenizer_dir = open_tokenizer(config.model)
 
-    def read(source: Source | None) -> Any:
-        return read_prompts(source, tokenizer, config.data.max_prompt_length) if source is not None else ()
-
+    how = (tokenizer, config.data.max_prompt_length)
     training, validation = share_fields(
-        read(prompts if prompts is not None else config.data.prompts),
-        read(validation_prompts if validation_prompts is not None else config.data.validation_prompts),
+        _read(read_prompts, prompts, config.data.prompts, *how, intake=intake),
+        _read(read_prompts, validation_prompts, config.data.validation_prompts, *how, intake=intake),
     )
     return {
         "tokenizer": tokenizer,
@@ -158,17 +169,11 @@ def run_sft(config: SFTConfig, *, train: Source | None = None, validation: Sourc
     begin(config.model, config.trainer, config.seed)
     tokenizer, tokenizer_dir = open_tokenizer(config.model)
 
-    data = config.data
-
-    def read(source: Source | None, top_percent: float = 100.0) -> Any:
-        if source is None:
-            return ()
-        limit, train_on = data.max_sequence_length, data.train_on
-        return read_texts(source, tokenizer, limit, train_on, top_percent=top_percent)  # type: ignore[arg-type]
-
-    texts = read(train if train is not None else data.train, data.top_percent)
-    validation_texts = read(validation if validation is not None else data.validation)
-    return _fit(SFT(config, tokenizer, tokenizer_dir, texts, validation_texts), config)
+    data, intake = config.data, _intake(config)
+    how = (tokenizer, data.max_sequence_length, data.train_on)
+    texts = _read(read_texts, train, data.train, *how, top_percent=data.top_percent, intake=intake)
+    validation_texts = _read(read_texts, validation, data.validation, *how, intake=intake)
+    return _fit(SFT(config, tokenizer, tokenizer_dir, texts, validation_texts), config, intake)
 
 
 def run_ilql(
@@ -186,29 +191,26 @@ def run_ilql(
         reward_fn = load_function(config.reward.function)
     begin(config.model, config.trainer, config.seed)
     tokenizer, tokenizer_dir = open_tokenizer(config.model)
-    data = config.data
-
-    def read(source: Source | None, given: Sequence[Any] | None = None) -> Any:
-        if source is None:
-            return ()
-        limit, too_long = data.max_sequence_length, data.too_long
-        return read_dialogues(source, tokenizer, limit, rewards=given, too_long=too_long)  # type: ignore[arg-type]
-
-    dialogues, held_out = read(train if train is not None else data.train, rewards), read(data.validation)
+    data, intake = config.data, _intake(config)
+    how: dict[str, Any] = {"too_long": data.too_long, "intake": intake}
+    limit = data.max_sequence_length
+    dialogues = _read(read_dialogues, train, data.train, tokenizer, limit, rewards=rewards, **how)
+    held_out = _read(read_dialogues, None, data.validation, tokenizer, limit, **how)
     if data.standardise_rewards:
         dialogues, held_out = standardise(dialogues, held_out)
-    prompts = validation_prompts if validation_prompts is not None else data.validation_prompts
+    limit = data.max_prompt_length
+    prompts = _read(read_prompts, validation_prompts, data.validation_prompts, tokenizer, limit, intake=intake)
     inputs = ILQLInputs(
         tokenizer=tokenizer,
         tokenizer_dir=tokenizer_dir,
         dialogues=dialogues,
         validation_dialogues=held_out,
-        validation_prompts=() if prompts is None else read_prompts(prompts, tokenizer, data.max_prompt_length),
+        validation_prompts=prompts,
         reward_fn=reward_fn,
         metric_fn=metric_fn,
         logit_mask=None if logit_mask is None else torch.as_tensor(logit_mask),
     )
-    return _fit(ILQL(config, inputs), config)
+    return _fit(ILQL(config, inputs), config, intake)
 
 
 def run_reward(config: RewardModelConfig) -> int:
@@ -217,17 +219,18 @@ def run_reward(config: RewardModelConfig) -> int:
     tokenizer, tokenizer_dir = open_tokenizer(config.model)
     regression = config.reward_model.loss == "regression"
     kind, read = (ScoreTraining, read_scores) if regression else (PairTraining, read_pairs)
-    limit, data = config.data.max_sequence_length, config.data
-    examples: Any = read(str(data.train), tokenizer, limit)
-    held_out: Any = read(data.validation, tokenizer, limit) if data.validation else ()
-    return _fit(kind(config, tokenizer, tokenizer_dir, examples, held_out), config)
+    limit, data, intake = config.data.max_sequence_length, config.data, _intake(config)
+    examples = _read(read, None, data.train, tokenizer, limit, intake=intake)
+    held_out = _read(read, None, data.validation, tokenizer, limit, intake=intake)
+    return _fit(kind(config, tokenizer, tokenizer_dir, examples, held_out), config, intake)
 
 
 def run_generate(config: GenerateConfig) -> int:
     """Write one response for each prompt to ``config.out``, as jsonl in the order of the prompts."""
     begin(config.model, config.trainer, 0)
     tokenizer, _ = open_tokenizer(ModelConfig(**vars(config.model)))
-    prompts = read_prompts(str(config.data.prompts), tokenizer, config.data.max_prompt_length)
+    limit = config.data.max_prompt_length
+    prompts = read_prompts(str(config.data.prompts), tokenizer, limit, intake=_intake(config))
     model = _open_sampler(config)
     longest = model.architecture.max_position_embeddings
     engine = Engine(model.gpt, tokenizer, num_slots=config.generation.num_slots, max_sequence_length=longest)
@@ -309,7 +312,9 @@ def _add_loggers(trainer: Trainer, run_dir: Path, config: ExpManagerConfig) -> N
     )
 
 
-def _fit(algorithm: Algorithm, config: TrainingConfig) -> int:
+def _fit(algorithm: Algorithm, config: TrainingConfig, intake: Intake | None = None) -> int:
+    if intake is not None and intake.on_error == "skip":
+        algorithm.constants["data/skipped"] = float(len(intake.refused))
     run_dir = algorithm.run_dir
     if not config.exp_manager.resume_if_exists and stored_checkpoints(run_dir):
         raise ValueError(

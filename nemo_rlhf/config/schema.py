@@ -181,7 +181,15 @@ class GenerationConfig(SamplingConfig):
 
 
 @dataclass
-class PPODataConfig:
+class RecordsConfig:
+    """What holds of every file of records, whatever it is for."""
+
+    fields: dict[str, str] = field(default_factory=dict)  # {prompt: question}: what the files call a field of ours
+    on_error: str = "stop"  # records that cannot be used: "stop" names them all | "skip" leaves them out, counted
+
+
+@dataclass
+class PPODataConfig(RecordsConfig):
     prompts: str | None = None  # jsonl file or `datasets` directory
     validation_prompts: str | None = None  # the same; null: no validation
     max_prompt_length: int = 1024  # tokens; a longer prompt is an error
@@ -189,7 +197,7 @@ class PPODataConfig:
 
 
 @dataclass
-class SFTDataConfig:
+class SFTDataConfig(RecordsConfig):
     train: str | None = MISSING  # jsonl file or `datasets` directory
     validation: str | None = None  # the same; null: no validation
     max_sequence_length: int = 2048  # tokens of prompt and response
@@ -226,7 +234,7 @@ class RFTAlgorithmConfig:
 
 
 @dataclass
-class ILQLDataConfig:
+class ILQLDataConfig(RecordsConfig):
     train: str | None = MISSING  # jsonl file or `datasets` directory of scored dialogues
     validation: str | None = None  # the same, for the validation loss; null: none
     validation_prompts: str | None = None  # prompts to sample from in validation; null: none
@@ -243,7 +251,7 @@ class RewardModelAlgorithmConfig:
 
 
 @dataclass
-class RewardDataConfig:
+class RewardDataConfig(RecordsConfig):
     train: str | None = MISSING  # jsonl file or `datasets` directory of compared or scored responses
     validation: str | None = None  # the same; null: no validation
     max_sequence_length: int = 2048  # tokens of prompt and response; longer examples are left out
@@ -251,7 +259,7 @@ class RewardDataConfig:
 
 
 @dataclass
-class GenerateDataConfig:
+class GenerateDataConfig(RecordsConfig):
     prompts: str | None = MISSING  # jsonl file or `datasets` directory
     max_prompt_length: int = 1024  # tokens; a longer prompt is an error
 

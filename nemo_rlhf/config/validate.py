@@ -152,6 +152,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "reward_model.loss": ("bradley_terry", "regression"),
     "data.train_on": ("response", "all"),
     "data.too_long": ("truncate", "refuse"),
+    "data.on_error": ("stop", "skip"),
 }
 
 
