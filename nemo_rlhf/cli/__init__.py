@@ -117,9 +117,17 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     plan.add_argument("--config", metavar="FILE", help="yaml file laid over the defaults")
     plan.add_argument("--top", type=int, default=3, metavar="N", help="plans to show (default: %(default)s)")
     plan.add_argument("--write", metavar="FILE", help="yaml file for the --config of the command that is planned for")
+    data = command("data", "what a file of records holds, and what is learned from it", help_text.DATA, _data)
+    data.add_argument("file", metavar="FILE", help="file, pattern, datasets directory or name on the hub")
+    data.add_argument(
+        "--for",
+        dest="purpose",
+        choices=["sft", "prompts", "pairs", "scores", "dialogues"],
+        help="what it is meant for (default: what its first record is good for)",
+    )
     slurm = command("slurm", "the job script of a command, for SLURM", help_text.SLURM, _slurm)
     _slurm_arguments(slurm)
-    with_overrides = {**training, "generate": generate, "serve-reward": serve, "plan": plan}
+    with_overrides = {**training, "generate": generate, "serve-reward": serve, "plan": plan, "data": data}
     for sub in with_overrides.values():
         sub.add_argument("overrides", metavar="key=value", nargs="*", help="configuration keys, as in Hydra")
 
@@ -220,6 +228,15 @@ def _plan(options: argparse.Namespace) -> int:
     cfg = load("plan", options.overrides, config_file=options.config)
     print(run_plan(cfg, options.top, options.write and Path(options.write)), end="")
     return EXIT_DONE
+
+
+def _data(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from nemo_rlhf.cli.data import run_data
+    from nemo_rlhf.config import load
+
+    return run_data(options.file, load("data", options.overrides), options.purpose, Console(highlight=False))
 
 
 def _slurm(options: argparse.Namespace) -> int:

@@ -79,12 +79,12 @@ def samples_table(records: Sequence[Record], title: str) -> Table:
             cut_text(record.get("prompt"), MAX_CHARACTERS, keep_end=True),
             cut_text(record.get("response"), MAX_CHARACTERS),
         )
-        cells = [Text(_visible(text)) for text in texts]
+        cells = [Text(visible(text)) for text in texts]
         cells += [Text(number(record.get(name))) for name in figures]
         table.add_row(*cells, Text(str(record.get("finish_reason", ""))))
     return table
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     """``text`` with escapes for what is not printable: an escape sequence would steer the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_rlhf.config.commands import COMMANDS
+from nemo_rlhf.config.data import DataConfig
 from nemo_rlhf.config.keys import expected, nearest_key, schema_keys
 from nemo_rlhf.config.plan import PlanConfig
 from nemo_rlhf.config.schema import (
@@ -90,6 +91,10 @@ def load(
 ) -> ServeRewardConfig: ...
 @overload
 def load(
+    command: Literal["data"], overrides: Sequence[str] = (), *, config_file: ConfigFile = None, supplied: Supplied = ()
+) -> DataConfig: ...
+@overload
+def load(
     command: Literal["plan"], overrides: Sequence[str] = (), *, config_file: ConfigFile = None, supplied: Supplied = ()
 ) -> PlanConfig: ...
 @overload
@@ -99,12 +104,12 @@ def load(
 @overload
 def load(
     command: str, overrides: Sequence[str] = (), *, config_file: ConfigFile = None, supplied: Supplied = ()
-) -> Config | PlanConfig | SlurmConfig: ...
+) -> Config | DataConfig | PlanConfig | SlurmConfig: ...
 def load(
     command: str, overrides: Sequence[str] = (), *, config_file: ConfigFile = None, supplied: Supplied = ()
-) -> Config | PlanConfig | SlurmConfig:
-    """The configuration of ``command`` ("ppo", "sft", "ilql", "rft", "reward", "generate", "serve-reward", "plan" or
-    "slurm"), in its class.
+) -> Config | DataConfig | PlanConfig | SlurmConfig:
+    """The configuration of ``command`` ("ppo", "sft", "ilql", "rft", "reward", "generate", "serve-reward", "data",
+    "plan" or "slurm"), in its class.
 
     ``overrides`` are Hydra's ``key=value``, and ``model=llama3-70b`` takes a file of the group ``conf/model``;
     ``config_file`` is a yaml file of the user, or the name of a shipped one (``examples/llama3_8b_ppo``); ``supplied``

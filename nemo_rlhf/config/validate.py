@@ -11,6 +11,7 @@ from collections.abc import Collection
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_rlhf.config.commands import ALTERNATIVES, REQUIRED
+from nemo_rlhf.config.data import DataConfig
 from nemo_rlhf.config.environment import check_environment
 from nemo_rlhf.config.plan import PlanConfig, check_plan
 from nemo_rlhf.config.rules import (
@@ -36,6 +37,7 @@ from nemo_rlhf.config.schema import (
 from nemo_rlhf.config.server import check_server
 from nemo_rlhf.config.slurm import SlurmConfig, check_slurm
 from nemo_rlhf.config.sources import check_reward
+from nemo_rlhf.config.validate_ilql import check_ilql_validation, check_value_trunk
 from nemo_rlhf.config.validate_people import FEEDBACK_RANGES, check_feedback
 from nemo_rlhf.config.validate_ppo import (
     check_advantage,
@@ -188,7 +190,7 @@ def require_keys(node: DictConfig, command: str, supplied: Collection[str] = ())
             raise ValueError(f"{key} is set in the configuration and given in Python too: keep one of them.")
 
 
-def validate(cfg: Config | PlanConfig | SlurmConfig) -> None:
+def validate(cfg: Config | DataConfig | PlanConfig | SlurmConfig) -> None:
     """Raises ValueError for the first rule that ``cfg`` breaks; warns of what is allowed but rarely meant."""
     if isinstance(cfg, PlanConfig):
         check_plan(cfg)
@@ -198,6 +200,8 @@ def validate(cfg: Config | PlanConfig | SlurmConfig) -> None:
         return
     check_ranges(cfg)
     check_choices(cfg)
+    if isinstance(cfg, DataConfig):
+        return
     check_sampling(cfg)
     check_world_size(cfg)
     check_expert_parallel(cfg)
@@ -240,14 +244,14 @@ def data_parallel_size(cfg: Config) -> int:
     return world_size // (model.tensor_model_parallel_size * model.pipeline_model_parallel_size)
 
 
-def check_ranges(cfg: Config) -> None:
+def check_ranges(cfg: Config | DataConfig) -> None:
     for key, (words, holds) in RANGES.items():
         value = value_of(cfg, key)
         if value is not None and not holds(value):
             raise ValueError(f"{key}={value} is out of range: it must be {words}.")
 
 
-def check_choices(cfg: Config) -> None:
+def check_choices(cfg: Config | DataConfig) -> None:
     for key, choices in CHOICES.items():
         if not has_key(cfg, key) or value_of(cfg, key) in choices:
             continue
@@ -342,22 +346,6 @@ def check_percentiles(cfg: RFTConfig) -> None:
     if start > end:
         raise ValueError(
             f"rft.start_percentile={start} is above rft.end_percentile={end}: the percentile rises, lower the former."
-        )
-
-
-def check_ilql_validation(cfg: ILQLConfig) -> None:
-    if cfg.reward.function is not None and cfg.data.validation_prompts is None:
-        raise ValueError(
-            f"reward.function={cfg.reward.function} scores samples of validation, but data.validation_prompts is null: "
-            "name prompts, or leave the function out."
-        )
-
-
-def check_value_trunk(cfg: ILQLConfig) -> None:
-    if cfg.ilql.value_trunk and cfg.ilql.detach_heads:
-        raise ValueError(
-            "ilql.detach_heads=true would leave the trunk of ilql.value_trunk=true untaught, and the policy's learns "
-            "nothing from the heads anyway: leave one of the two out."
         )
 
 

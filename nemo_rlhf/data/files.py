@@ -13,7 +13,7 @@ import io
 import lzma
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
@@ -39,6 +39,7 @@ _NOT_READ = {
     b"SQLite": "a database: save its table as jsonl or parquet",
 }
 _HEAD_BYTES = 64
+MAX_DEPTH = 100
 
 
 class ArrowRecord(dict[str, Any]):
@@ -58,15 +59,16 @@ def locate_records(source: Source, what: str) -> Located:
     ``what`` names one record ("prompt", "text"). Raises ValueError for a source that is missing, that is nothing which
     can be read at all, or that holds no record.
     """
-    if not isinstance(source, (str, Path)):
-        if len(source) == 0:
-            raise ValueError(f"The list of {what}s is empty.")
-        yield from ((f"{what} {index}", record) for index, record in enumerate(source))
-        return
+    if not isinstance(source, (str, Path)) and len(source) == 0:
+        raise ValueError(f"The list of {what}s is empty.")
     is_empty = True
-    for located in _open(source, what):
+    if isinstance(source, (str, Path)):
+        located = _open(source, what)
+    else:
+        located = ((f"{what} {index}", record) for index, record in enumerate(source))
+    for where, record in located:
         is_empty = False
-        yield located
+        yield where, _unfit(where, record) or record
     if is_empty:
         raise ValueError(f"{source} is empty: it must hold at least one {what}.")
 
@@ -92,7 +94,7 @@ def _open(source: str | Path, what: str) -> Located:
     if re.search(r"[*?\[]", str(source)) and (found := sorted(glob.glob(str(path), recursive=True))):
         return chain.from_iterable(_open(name, what) for name in found)
     hub = _HUB_NAME.fullmatch(str(source))
-    if hub and path.suffix not in SUFFIXES and not path.exists():
+    if hub and path.suffix not in SUFFIXES and not Path(hub["name"]).parent.exists():
         return _read_hub(hub["name"], hub["config"], hub["split"], what)
     raise ValueError(f"There is no file {path} to read {what}s from.")
 
@@ -223,3 +225,24 @@ def _read_hub(name: str, config: str | None, split: str | None, what: str) -> Lo
 
 def _rows(name: str, dataset: Iterable[Any]) -> Located:
     return ((f"{name}, row {index}", ArrowRecord(record)) for index, record in enumerate(dataset))
+
+
+def _unfit(where: str, value: Any, depth: int = 0) -> ValueError | None:
+    """The error for a value that cannot be encoded or gone through: text with half a surrogate pair, which JSON can
+    write and no encoding can, or too many values within one another. None: it can."""
+    parts: Iterable[Any] = ()
+    if isinstance(value, str):
+        try:
+            value.isascii() or value.encode()
+        except UnicodeEncodeError as error:
+            return ValueError(
+                f"{where} has text that is no Unicode ({value[error.start]!a} after {error.start} characters): repair "
+                "the text, or remove the record."
+            )
+    elif isinstance(value, Mapping):
+        parts = chain(value, value.values())
+    elif isinstance(value, (list, tuple)):
+        parts = value
+    if parts and depth == MAX_DEPTH:
+        return ValueError(f"{where} has more than {MAX_DEPTH} lists and objects within one another.")
+    return next((wrong for part in parts if (wrong := _unfit(where, part, depth + 1))), None)

@@ -19,11 +19,12 @@ Purpose = Literal["sft", "prompts", "pairs", "scores", "dialogues"]
 Record = dict[str, Any]
 Placed = tuple[str, Any]
 
-# Fields that mean the same beside every form.
-KEPT = ("tools", "chat_template_kwargs", "margin", "done", "score", "reward", "rewards")
+# Fields that say what the text is. All others mean the same beside every form: tools, margin, reward, done, ...
+TEXTS = frozenset({"prompt", "response", "messages", "turns", "text", "chosen", "rejected"})
 SCORED = frozenset({"scores", "dialogues"})
 SINGLE = frozenset({"sft", "prompts", "scores", "dialogues"})  # what one text of each record is enough for
 PAIR = frozenset({"pairs", "prompts"})
+TEXT = SINGLE | PAIR
 ONLY_PROMPTS = frozenset({"prompts"})
 MARKER = "\n\nAssistant:"  # before what is compared in a dialogue of hh-rlhf
 
@@ -62,9 +63,24 @@ def as_known(where: str, record: Any, purpose: Purpose) -> tuple[str, list[Place
     if form is None:
         raise (_of_no_use(where, record, found[0], purpose) if found else None) or unknown_form(where, record, purpose)
     return form.name, [
-        (where + place, _with_tools(where, _beside(record, one, purpose)))
+        (where + place, _with_tools(where, _beside(form, record, one, purpose)))
         for place, one in form.become(where, record, purpose)
     ]
+
+
+def purpose_of(record: Any) -> Purpose:
+    """What a record is most likely meant for."""
+    if not isinstance(record, dict):
+        return "sft"
+    serves = [form.serves for form in FORMS if form.matches(record) and form.serves not in (TEXT, ONLY_PROMPTS)]
+    if any("pairs" in one for one in serves):
+        return "pairs"
+    if any(record.get(name) is not None for name in ("reward", "rewards")):
+        return "dialogues"
+    if record.get("score") is not None or SCORED in serves or (record.get("label") is not None and serves):
+        return "scores"
+    is_prompt = any(record.get(name) is not None for name in ("prompt", "input", "instruction"))
+    return "prompts" if is_prompt and not serves else "sft"
 
 
 def _named_prompt(where: str, record: Record, name: str) -> tuple[str, list[Placed]]:
@@ -75,12 +91,13 @@ def _named_prompt(where: str, record: Record, name: str) -> tuple[str, list[Plac
     return name, [(where, record)]
 
 
-def _beside(record: Record, one: Record, purpose: str) -> Record:
-    """``one`` with what stands beside it: all else of the record as metadata of a prompt, or else what is ``KEPT``."""
+def _beside(form: Form, record: Record, one: Record, purpose: str) -> Record:
+    """``one`` with what stands beside it: the rest of the record, which is the metadata of a prompt."""
     if purpose == "prompts":
-        return {**{name: value for name, value in record.items() if value != one["prompt"]}, **one}
-    kept = {name: record[name] for name in KEPT if record.get(name) is not None}
-    if isinstance(record.get("enable_thinking"), bool) and "chat_template_kwargs" not in kept:  # as verl has it
+        became = [name for name in form.fields if record[name] == one["prompt"]]
+        return {**{name: value for name, value in record.items() if name not in became}, **one}
+    kept = {name: value for name, value in record.items() if name not in TEXTS and value is not None}
+    if isinstance(kept.get("enable_thinking"), bool) and "chat_template_kwargs" not in kept:  # as verl has it
         kept["chat_template_kwargs"] = {"enable_thinking": record["enable_thinking"]}
     return {**kept, **one}
 
@@ -296,7 +313,7 @@ FORMS = (
     Form("Alpaca", ("instruction", "output"), SINGLE, _alpaca),
     Form("input and output", ("input", "output"), SINGLE, _demonstration("input", "output")),
     Form("text with attributes", ("text", "label"), SCORED, _attributes, lambda r: isinstance(r["label"], list)),
-    Form("text", ("text",), SINGLE | PAIR, _halves),
+    Form("text", ("text",), TEXT, _halves),
     Form("instruction", ("instruction",), ONLY_PROMPTS, _as_it_is("instruction")),
     Form("input", ("input",), ONLY_PROMPTS, _as_it_is("input")),
     Form("tokenised text", ("input_ids",), frozenset(), _refused),

@@ -52,7 +52,7 @@ class Intake:
         What the caller finds wrong with one it must raise within ``noted()``. Raises ValueError, when all were read,
         as ``on_error`` says, or where the source is none or lacks what ``fields`` names.
         """
-        before, count = len(self.refused), 0
+        before, count, num_lost, has_halves = len(self.refused), 0, 0, False
         missing = {name for name in self.fields if purpose != "prompts" or name not in _NOT_OF_PROMPTS}
         half: tuple[str, Any] | None = None
         for where, given in locate_records(source, WHAT[purpose]):
@@ -61,21 +61,26 @@ class Intake:
             with self.noted():
                 if isinstance(given, ValueError):
                     raise given
-                _check_unicode(where, given)
-                record = self._renamed(given, missing)
+                record = self.renamed(given, missing)
                 form, known = as_known(where, record, purpose)
                 self.forms[form] += 1
+            num_lost += not known
             for place, one in known:
                 if purpose != "pairs" or "chosen" in one:
                     yield place, one
                 elif half is None:
-                    half = place, one
+                    half, has_halves = (place, one), True
                 else:  # NeMo-Aligner's pairs: the better one stands on the line before
                     yield place, {"chosen": half[1]["text"], "rejected": one["text"]}
                     half = None
-        if missing:
+        if missing and count > num_lost:
             names = ", ".join(f"{name}: {self.fields[name]}" for name in sorted(missing))
             raise ValueError(f"data.fields={{{names}}} names what no record of {_name(source)} has.")
+        if num_lost and has_halves and self.on_error == "skip":
+            raise ValueError(
+                f'{_name(source)}: {{"text"}} lines make pairs, and which belong together is not known once one is '
+                f"left out: mend it, for data.on_error=skip cannot ({self.refused[before]})"
+            )
         if half is not None:
             self.refused.append(
                 f'{half[0]} is the last of an odd number of {{"text"}} lines: its rejected half is missing.'
@@ -90,14 +95,16 @@ class Intake:
         except ValueError as error:
             self.refused.append(str(error))
 
-    def _renamed(self, given: Any, missing: set[str]) -> Any:
+    def renamed(self, given: Any, missing: set[str] | None = None) -> Any:
+        """A record with our names for its fields, which are taken out of ``missing``, and without what its kind of file
+        added to it."""
         if not isinstance(given, dict):
             return given
         record = dict(given)
         for name, path in self.fields.items():
             found, value = _look_up(given, path)
             if found:
-                missing.discard(name)
+                (missing or set()).discard(name)
                 if path in given and path not in self.fields:
                     record.pop(path, None)
                 record[name] = value
@@ -154,24 +161,3 @@ def _typed(record: dict[str, Any]) -> dict[str, Any]:
         if name in record:
             record[name] = _TRUTHS.get(record[name].strip().lower(), record[name])
     return {name: value for name, value in record.items() if value != "" or name not in (*_NUMBERS, "label", "done")}
-
-
-def _check_unicode(where: str, value: Any) -> None:
-    """Raises ValueError for text with half a surrogate pair, which JSON can write and no encoding can."""
-    if isinstance(value, str):
-        if value.isascii():
-            return
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"{where} has text that is no Unicode ({value[error.start]!a} after {error.start} characters): repair "
-                "the text, or remove the record."
-            ) from None
-    elif isinstance(value, Mapping):
-        for name, one in value.items():
-            _check_unicode(where, name)
-            _check_unicode(where, one)
-    elif isinstance(value, (list, tuple)):
-        for one in value:
-            _check_unicode(where, one)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -113,4 +114,5 @@ def _parsed(where: str, data: bytes) -> tuple[str, Any]:
     try:
         return where, parse_json(text, where)
     except ValueError as error:
-        return where, ValueError(str(error))
+        # of a line, the json module knows no number but 1
+        return where, ValueError(re.sub(r": line 1 column (\d+) \(char \d+\)", r" at column \1", str(error)))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import Any
 
 from nemo_rlhf.data.files import Source
-from nemo_rlhf.data.forms import KEPT
+from nemo_rlhf.data.forms import TEXTS
 from nemo_rlhf.data.intake import Intake
+from nemo_rlhf.data.records import margin_of
 from nemo_rlhf.data.texts import pieces_of
 from nemo_rlhf.types import Pair
 
@@ -33,7 +33,7 @@ def read_pairs(source: Source, tokenizer: Any, max_sequence_length: int, *, inta
             sides = [_tokens(where, _side(record, name), tokenizer) for name in ("chosen", "rejected")]
             if sides[0] == sides[1]:
                 raise ValueError(f"{where}: chosen and rejected are the same text, of which neither can be better.")
-            margin = _margin(where, record.get("margin", 0.0))
+            margin = margin_of(where, record.get("margin", 0.0))
             num_all += 1
             if max(map(len, sides)) > max_sequence_length:
                 num_long += 1
@@ -52,7 +52,7 @@ def read_pairs(source: Source, tokenizer: Any, max_sequence_length: int, *, inta
 
 def _side(record: dict[str, Any], name: str) -> dict[str, Any]:
     """One side of a pair as a record of its own."""
-    kept = {field: record[field] for field in KEPT if field in record}
+    kept = {field: value for field, value in record.items() if field not in TEXTS}
     if record.get("prompt") is not None:
         return {**kept, "prompt": record["prompt"], "response": record[name]}
     return {**kept, "text" if isinstance(record[name], str) else "messages": record[name]}
@@ -60,9 +60,3 @@ def _side(record: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _tokens(where: str, record: Any, tokenizer: Any) -> tuple[int, ...]:
     return tuple(token for ids, _ in pieces_of(where, record, tokenizer) for token in ids)
-
-
-def _margin(where: str, margin: Any) -> float:
-    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not 0 <= margin < math.inf:
-        raise ValueError(f"{where}: the margin {margin!r} must be a number, 0 or more.")
-    return float(margin)

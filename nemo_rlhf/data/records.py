@@ -42,6 +42,23 @@ def finite_reward(where: str, value: Any) -> float:
     return number
 
 
+def score_of(where: str, record: Mapping[str, Any]) -> float:
+    """A record's "score" or "reward". Raises ValueError where it has none, or both, or no finite number."""
+    found = [name for name in ("score", "reward") if record.get(name) is not None]
+    if not found:
+        raise missing_field(where, record, ("score", "reward"))
+    if len(found) > 1:
+        raise ValueError(f'{where} has both "score" and "reward": give one of them.')
+    return finite_reward(where, record[found[0]])
+
+
+def margin_of(where: str, margin: Any) -> float:
+    """By how much one response is better. Raises ValueError for what is no number of 0 or more."""
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not 0 <= margin < math.inf:
+        raise ValueError(f"{where}: the margin {margin!r} must be a number, 0 or more.")
+    return float(margin)
+
+
 def total_reward(where: str, record: Any) -> float:
     """The reward of a record, or the sum of its rewards. Raises ValueError where they are missing or not finite."""
     given = rewards_of(where, record)

@@ -7,12 +7,10 @@ from typing import Any
 
 from nemo_rlhf.data.files import Source
 from nemo_rlhf.data.intake import Intake
-from nemo_rlhf.data.records import finite_reward, missing_field
+from nemo_rlhf.data.records import score_of
 from nemo_rlhf.data.texts import pieces_of
 from nemo_rlhf.data.tokenizer import encode
 from nemo_rlhf.types import ScoredText
-
-FIELDS = ("score", "reward")
 
 
 def read_scores(
@@ -33,7 +31,7 @@ def read_scores(
     intake = intake or Intake()
     for where, record in intake.records(source, "scores"):
         with intake.noted():
-            score = _score(where, record)
+            score = score_of(where, record)
             token_ids = tuple(token for ids, _ in pieces_of(where, record, tokenizer) for token in ids)
             num_all += 1
             if len(token_ids) > max_sequence_length:
@@ -61,12 +59,3 @@ def encode_reply(prompt: str, response: str, tokenizer: Any) -> tuple[int, ...]:
     if not reply or reply[-1] != eos:
         reply.append(eos)
     return (*encode(tokenizer, prompt, start=start), *reply)
-
-
-def _score(where: str, record: dict[str, Any]) -> float:
-    found = [name for name in FIELDS if record.get(name) is not None]
-    if not found:
-        raise missing_field(where, record, FIELDS)
-    if len(found) > 1:
-        raise ValueError(f'{where} has both "score" and "reward": give one of them.')
-    return finite_reward(where, record[found[0]])
