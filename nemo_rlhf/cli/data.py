@@ -108,8 +108,9 @@ def _count(seen: Seen, texts: Sequence[Sequence[tuple[int, bool]]]) -> None:
 def _texts(where: str, record: Any, purpose: Purpose) -> list[Shown]:
     """A record as people read it. Raises ValueError for what no tokenizer is needed to find."""
     if purpose == "prompts":
-        prompt = record if isinstance(record, str) else record.get("prompt") or record.get("text")
-        return [_prompt(where, prompt)]
+        if isinstance(record, Mapping):
+            record = record["text"] if record.get("prompt") is None else record["prompt"]
+        return [_prompt(where, record)]
     if purpose == "pairs":
         margin_of(where, record.get("margin", 0.0))
         return [_text(where, _side(record, name)) for name in ("chosen", "rejected")]

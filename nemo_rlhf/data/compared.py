@@ -19,10 +19,11 @@ def compared(where: str, prompt: Any, chosen: Any, rejected: Any, purpose: str) 
     Raises:
         ValueError: both are the same, or a side is no chat.
     """
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        if not isinstance(side, (str, list, tuple)):
+            raise ValueError(f"{where}: {name} is a {type(side).__name__}, and must be text or chat messages.")
     if chosen == rejected:
         raise ValueError(f"{where}: chosen and rejected are the same text, of which neither can be better.")
-    if isinstance(prompt, (list, tuple)):
-        prompt = read_messages(f"{where}: the prompt", prompt)
     if not any(isinstance(side, (list, tuple)) for side in (chosen, rejected)):
         if purpose == "prompts":
             if not prompt:
@@ -59,7 +60,7 @@ def ranked(
         ValueError: a score is no finite number, or no reply is better than another.
     """
     if purpose == "prompts":
-        return [("", {"prompt": read_messages(where, prompt) if isinstance(prompt, (list, tuple)) else prompt})]
+        return [("", {"prompt": prompt})]
     scores = [finite_reward(f"{where}, completion {i}, {field}", score) for i, (score, _) in enumerate(scored)]
     replies = [reply for _, reply in scored]
     if purpose != "pairs":

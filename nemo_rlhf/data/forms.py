@@ -55,6 +55,10 @@ def as_known(where: str, record: Any, purpose: Purpose) -> tuple[str, list[Place
         if purpose in ("pairs", "scores"):
             wanted = '"chosen" and "rejected"' if purpose == "pairs" else '"score"'
             raise ValueError(f"{where} is a {type(record).__name__}, and must be an object with {wanted}.")
+        if purpose == "prompts" and not isinstance(record, str):
+            raise ValueError(
+                f'{where} is a {type(record).__name__}, and must be a string or an object with "prompt" or "text".'
+            )
         return "text" if isinstance(record, str) else "turns", [(where, record)]
     if purpose == "prompts" and (name := next((n for n in ("prompt", "text") if record.get(n) is not None), None)):
         return _named_prompt(where, record, name)
@@ -63,7 +67,7 @@ def as_known(where: str, record: Any, purpose: Purpose) -> tuple[str, list[Place
     if form is None:
         raise (_of_no_use(where, record, found[0], purpose) if found else None) or unknown_form(where, record, purpose)
     return form.name, [
-        (where + place, _with_tools(where, _beside(form, record, one, purpose)))
+        (where + place, _read_chat(where, _beside(form, record, one, purpose)))
         for place, one in form.become(where, record, purpose)
     ]
 
@@ -84,10 +88,9 @@ def purpose_of(record: Any) -> Purpose:
 
 
 def _named_prompt(where: str, record: Record, name: str) -> tuple[str, list[Placed]]:
-    value = record[name]
-    if isinstance(value, (list, tuple)) and value:
-        value = read_messages(f"{where}: the prompt", value)
-        record = _with_tools(where, {**record, name: value})
+    if isinstance(record[name], (list, tuple)) and record[name]:
+        others = {other: value for other, value in record.items() if other != name}
+        record = _read_chat(where, {**others, "prompt": record[name]})
     return name, [(where, record)]
 
 
@@ -102,7 +105,10 @@ def _beside(form: Form, record: Record, one: Record, purpose: str) -> Record:
     return {**kept, **one}
 
 
-def _with_tools(where: str, one: Record) -> Record:
+def _read_chat(where: str, one: Record) -> Record:
+    """``one`` with the messages of its prompt and its tools as chat templates take them."""
+    if isinstance(one.get("prompt"), (list, tuple)):
+        one = {**one, "prompt": read_messages(f"{where}: the prompt", one["prompt"])}
     is_chat = any(isinstance(one.get(name), list) for name in ("prompt", "messages", "chosen"))
     if not is_chat or one.get("tools") is None:
         return one
@@ -145,11 +151,7 @@ def _alone(one: Record) -> list[tuple[str, Record]]:
 def _demonstration(prompt: str, reply: str) -> Callable[[str, Record, str], list[tuple[str, Record]]]:
     def become(where: str, record: Record, purpose: str) -> list[tuple[str, Record]]:
         given = record[prompt]
-        if isinstance(given, (list, tuple)):
-            given = read_messages(f"{where}: the prompt", given)
-        if purpose == "prompts":
-            return _alone({"prompt": given})
-        return _alone(reply_to(where, given, record[reply]))
+        return _alone({"prompt": given} if purpose == "prompts" else reply_to(where, given, record[reply]))
 
     return become
 
@@ -225,6 +227,8 @@ def _as_it_is(name: str) -> Callable[[str, Record, str], list[tuple[str, Record]
 def _halves(where: str, record: Record, purpose: str) -> list[tuple[str, Record]]:
     if purpose == "pairs" and record.get("score") is not None:
         raise _scored(where)
+    if purpose == "pairs" and not isinstance(record["text"], str):
+        raise ValueError(f"{where}: the text is a {type(record['text']).__name__}, and must be text.")
     return _alone({"text": record["text"]})  # two of which make a pair, if it is for pairs
 
 
@@ -284,6 +288,10 @@ def _has_label(record: Record) -> bool:
     return isinstance(record["label"], bool) and any(record.get(n) is not None for n in ("completion", "response"))
 
 
+def _has_attributes(record: Record) -> bool:
+    return isinstance(record["label"], list) and record.get("score") is None and record.get("reward") is None
+
+
 def _refused(where: str, record: Record, purpose: str) -> list[tuple[str, Record]]:
     raise AssertionError("a form that serves nothing was asked for")
 
@@ -312,7 +320,7 @@ FORMS = (
     Form("turns", ("turns",), frozenset({"sft", "dialogues", "scores"}), _as_it_is("turns")),
     Form("Alpaca", ("instruction", "output"), SINGLE, _alpaca),
     Form("input and output", ("input", "output"), SINGLE, _demonstration("input", "output")),
-    Form("text with attributes", ("text", "label"), SCORED, _attributes, lambda r: isinstance(r["label"], list)),
+    Form("text with attributes", ("text", "label"), SCORED, _attributes, _has_attributes),
     Form("text", ("text",), TEXT, _halves),
     Form("instruction", ("instruction",), ONLY_PROMPTS, _as_it_is("instruction")),
     Form("input", ("input",), ONLY_PROMPTS, _as_it_is("input")),

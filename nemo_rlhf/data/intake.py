@@ -52,7 +52,7 @@ class Intake:
         What the caller finds wrong with one it must raise within ``noted()``. Raises ValueError, when all were read,
         as ``on_error`` says, or where the source is none or lacks what ``fields`` names.
         """
-        before, count, num_lost, has_halves = len(self.refused), 0, 0, False
+        before, count, num_read, num_lost, has_halves = len(self.refused), 0, 0, 0, False
         missing = {name for name in self.fields if purpose != "prompts" or name not in _NOT_OF_PROMPTS}
         half: tuple[str, Any] | None = None
         for where, given in locate_records(source, WHAT[purpose]):
@@ -61,6 +61,7 @@ class Intake:
             with self.noted():
                 if isinstance(given, ValueError):
                     raise given
+                num_read += 1
                 record = self.renamed(given, missing)
                 form, known = as_known(where, record, purpose)
                 self.forms[form] += 1
@@ -73,7 +74,7 @@ class Intake:
                 else:  # NeMo-Aligner's pairs: the better one stands on the line before
                     yield place, {"chosen": half[1]["text"], "rejected": one["text"]}
                     half = None
-        if missing and count > num_lost:
+        if missing and num_read:
             names = ", ".join(f"{name}: {self.fields[name]}" for name in sorted(missing))
             raise ValueError(f"data.fields={{{names}}} names what no record of {_name(source)} has.")
         if num_lost and has_halves and self.on_error == "skip":
