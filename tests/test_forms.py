@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from nemo_rlhf.data.dialogues import read_dialogues
-from nemo_rlhf.data.forms import FORMS, TEXTS, purpose_of
+from nemo_rlhf.data.forms import FORMS, TEXTS, as_known, purpose_of
 from nemo_rlhf.data.intake import MAX_NAMED, Intake
 from nemo_rlhf.data.pairs import read_pairs
 from nemo_rlhf.data.prompts import read_prompts
@@ -321,6 +322,20 @@ def test_every_form_has_a_test() -> None:
     records += [{"prompt": "a", "completions": ["b"], "labels": [True]}, {"input_ids": [1]}]
     records += [{"conversation": [A, B]}, {"prompt": "a", "response": "b"}]
     assert [form.name for form in FORMS if not any(form.matches(record) for record in records)] == []
+
+
+def test_the_documented_records_are_of_the_forms_that_they_are_given_for() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    rows = re.findall(r"^\| ([^|`]+?) \| `(\{.*?\})` \| (.*) \|$", page, re.MULTILINE)
+    assert [name for name, _, _ in rows] == list(dict.fromkeys(form.name for form in FORMS if form.serves))
+    everything = "the same"
+    for name, text, uses in rows:
+        everything = uses if uses != "the same" else everything
+        for purpose in ("sft", "prompts", "pairs", "scores", "dialogues"):
+            if purpose in re.findall(r"\w+", everything):
+                assert as_known("", json.loads(text), purpose)[0] in (name, "prompt", "text"), (name, purpose)
+            elif (name, purpose) != ("text", "pairs"):
+                assert not any(form.name == name and purpose in form.serves for form in FORMS), (name, purpose)
 
 
 # ---- names of one's own, and what becomes of bad records

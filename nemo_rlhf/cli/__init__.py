@@ -109,7 +109,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         sub.add_argument("--config", metavar="FILE", help="yaml file laid over the defaults, yours or a shipped one")
     generate = command("generate", "responses of a model to a file of prompts", help_text.GENERATE, _generate)
     generate.add_argument("checkpoint", metavar="CKPT_DIR", help="Megatron checkpoint or Hugging Face directory")
-    generate.add_argument("--prompts", metavar="FILE", required=True, help="jsonl file or datasets directory")
+    generate.add_argument("--prompts", metavar="FILE", required=True, help="file of prompts")
     generate.add_argument("--out", metavar="FILE", required=True, help="jsonl file to write")
     serve = command("serve-reward", "a reward model that answers over HTTP", help_text.SERVE_REWARD, _serve_reward)
     serve.add_argument("checkpoint", metavar="CKPT_DIR", help="reward model: Megatron checkpoint or Hugging Face")

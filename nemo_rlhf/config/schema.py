@@ -190,7 +190,7 @@ class RecordsConfig:
 
 @dataclass
 class PPODataConfig(RecordsConfig):
-    prompts: str | None = None  # jsonl file or `datasets` directory
+    prompts: str | None = None  # file of prompts (docs/data.md)
     validation_prompts: str | None = None  # the same; null: no validation
     max_prompt_length: int = 1024  # tokens; a longer prompt is an error
     shuffle: bool = True  # a new order every epoch, from `seed`
@@ -198,7 +198,7 @@ class PPODataConfig(RecordsConfig):
 
 @dataclass
 class SFTDataConfig(RecordsConfig):
-    train: str | None = MISSING  # jsonl file or `datasets` directory
+    train: str | None = MISSING  # file of records (docs/data.md)
     validation: str | None = None  # the same; null: no validation
     max_sequence_length: int = 2048  # tokens of prompt and response
     train_on: str = "response"  # tokens that are learned: "response" | "all"
@@ -235,7 +235,7 @@ class RFTAlgorithmConfig:
 
 @dataclass
 class ILQLDataConfig(RecordsConfig):
-    train: str | None = MISSING  # jsonl file or `datasets` directory of scored dialogues
+    train: str | None = MISSING  # file of records (docs/data.md): scored dialogues
     validation: str | None = None  # the same, for the validation loss; null: none
     validation_prompts: str | None = None  # prompts to sample from in validation; null: none
     max_sequence_length: int = 2048  # tokens of a dialogue
@@ -252,7 +252,7 @@ class RewardModelAlgorithmConfig:
 
 @dataclass
 class RewardDataConfig(RecordsConfig):
-    train: str | None = MISSING  # jsonl file or `datasets` directory of compared or scored responses
+    train: str | None = MISSING  # file of records (docs/data.md): compared or scored responses
     validation: str | None = None  # the same; null: no validation
     max_sequence_length: int = 2048  # tokens of prompt and response; longer examples are left out
     shuffle: bool = True  # a new order every epoch, from `seed`
@@ -260,7 +260,7 @@ class RewardDataConfig(RecordsConfig):
 
 @dataclass
 class GenerateDataConfig(RecordsConfig):
-    prompts: str | None = MISSING  # jsonl file or `datasets` directory
+    prompts: str | None = MISSING  # file of prompts (docs/data.md)
     max_prompt_length: int = 1024  # tokens; a longer prompt is an error
 
 
