@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-FinishReason = Literal["eos", "stop", "length"]
+# What ended a response: "eos"; "eos:" with the name of another token that ends the model's responses; "stop:" with the
+# string, or the token, of the configuration that did; or "length", its limit.
+FinishReason = str
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Sample:
     """One prompt with the continuation that was generated for it.
 
     ``response_ids`` are the sampled tokens, EOS included when it was drawn; text is never tokenised again.
-    ``text`` is the response as people read it: without special tokens, cut before the stop string.
+    ``text`` is the response as people read it: without special tokens, cut before what ended it.
     ``action_mask``: in an episode of several turns, which of ``response_ids`` were sampled, for the environment's words
     lie between them; None: all of them.
     """

@@ -10,10 +10,11 @@
 #   install_system_packages PACKAGE:FILE ...     e.g. install_system_packages 'postgresql:/usr/lib/postgresql/*/bin/initdb'
 #
 # Installs the Debian packages whose file (a pattern) is not there. Never fails: what needs them does without.
-#   fetch_transformer_engine VERSION ...    e.g. fetch_transformer_engine 2.11.0
 #
-# Puts Transformer Engine's pure-Python wheels into folders of .transformer_engine, beside the environment and not in it,
-# for the tests that run its classes on a CPU.
+#   fetch_package NAME VERSION ...    e.g. fetch_package transformer_engine 2.11.0
+#
+# Puts a package without what it requires into .NAME/VERSION, beside the environment and not in it, for tests: Transformer
+# Engine's Python, whose classes run on a CPU; TRL, which has the chat templates of many models.
 #
 # Defines ROOT (the checkout) and VENV_PYTHON (the interpreter of the environment).
 
@@ -67,15 +68,15 @@ setup_env() {
     printf '%s\n' "$stamp" >"$VENV/.nemo_rlhf_$extras"
 }
 
-fetch_transformer_engine() {
-    local version target
-    for version in "$@"; do
-        target="$ROOT/.transformer_engine/$version"
+fetch_package() {
+    local name="$1" version target
+    for version in "${@:2}"; do
+        target="$ROOT/.$name/$version"
         [[ -d "$target" ]] && continue
-        say "Fetching Transformer Engine $version (its Python alone)"
+        say "Fetching $name $version (its Python alone)"
         rm -rf "$target.partial"
         "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps --target "$target.partial" \
-            "transformer_engine==$version"
+            "$name==$version"
         mv "$target.partial" "$target"
     done
 }

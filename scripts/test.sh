@@ -11,7 +11,8 @@ install_system_packages 'postgresql:/usr/lib/postgresql/*/bin/initdb' 'chromium:
     'iproute2:/*bin/ip' &
 setup_env dev
 wait
-fetch_transformer_engine 2.7.0 2.11.0 2.20.2
+fetch_package transformer_engine 2.7.0 2.11.0 2.20.2
+fetch_package trl 1.16.0
 cd "$ROOT"
 say "ruff check"
 "$VENV_PYTHON" -m ruff check .

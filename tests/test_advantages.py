@@ -81,7 +81,7 @@ def test_kl_in_the_loss_by_token() -> None:
 
 LENGTHS = (3, 1, 4, 2)
 SCORES = (1.0, 3.0, -2.0, 0.5)
-ENDS: tuple[FinishReason, ...] = ("eos", "length", "stop", "length")
+ENDS: tuple[FinishReason, ...] = ("eos", "length", "stop:.", "length")
 
 
 def scored(ends: tuple[FinishReason, ...] = ENDS, dense: bool = False) -> Scored:

@@ -314,7 +314,7 @@ def test_sampling_without_sweep() -> None:
     rollout, variants = sampling_sweep(ppo("generation.temperature=1", "generation.seed=3").generation)
     assert rollout == {
         "max_new_tokens": 256, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 3, "beta": 0.0, "stop": (),
-        "ignore_eos": False, "adv_clip": None,
+        "stop_token_ids": (), "ignore_eos": False, "adv_clip": None,
     }  # fmt: skip
     assert isinstance(rollout["temperature"], float)
     assert variants == [("", {**rollout, "temperature": 0.0})]

@@ -296,7 +296,7 @@ def test_chat_template_without_eos_still_learns_to_stop_and_nothing_after_it():
     tokenizer.chat_template = CHAT.replace("</s> ", "")
     assert read_one(record, tokenizer) == "<|user|> a <|assistant|> B </S>"
     tokenizer.chat_template = CHAT.replace("</s> ", "</s> j ")
-    assert read_one(record, tokenizer) == "<|user|> a <|assistant|> B </S> j"
+    assert read_one(record, tokenizer) == "<|user|> a <|assistant|> B </S>"
 
 
 def test_chat_prompt_with_a_response_is_the_rollouts_prompt():

@@ -201,6 +201,23 @@ def test_eos_ends_a_response_unless_ignored(hf_dir: Path, tokenizer: Any, greedy
     assert {sample.finish_reason for sample in ending} == {"eos", "length"}
 
 
+def test_every_token_of_generation_config_ends_a_response(
+    llama: Any, hf_dir: Path, tokenizer: Any, greedy: tuple[Sample, ...]
+) -> None:
+    ends = [tokenizer.eos_token_id, greedy[0].response_ids[5], greedy[2].response_ids[3]]
+    run = Run(REQUESTS, replace(GREEDY, ignore_eos=False), 3, generation_eos_ids=tuple(ends))
+    (samples,) = run_here(hf_dir, run)
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": ends, "pad_token_id": 1}
+    for request, sample in zip(REQUESTS, samples, strict=True):
+        ids = torch.tensor([request.prompt.token_ids])
+        with torch.no_grad():
+            out = llama.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        assert sample.response_ids == tuple(out[0, ids.size(1) :].tolist())
+        last = sample.response_ids[-1]
+        assert sample.finish_reason == (f"eos:{tokenizer.decode([last])}" if last in ends else "length")
+    assert {len(samples[index].response_ids) for index in (0, 2)} <= {6, 4, 5, 3, 2, 1}
+
+
 def slow_stop(tokenizer: Any, response: Sequence[int], stop: tuple[str, ...]) -> tuple[int, str] | None:
     """Number of tokens and text of a response by decoding all of it after every token."""
     for count in range(1, len(response) + 1):
@@ -230,8 +247,8 @@ def test_stop_strings_stop(hf_dir: Path, tokenizer: Any, greedy: tuple[Sample, .
             else:
                 assert (len(sample.response_ids), sample.text) == expected
                 assert sample.response_ids == full.response_ids[: expected[0]]
-                assert sample.finish_reason == "stop"
-        assert stopped[2].finish_reason == "stop"
+                assert sample.finish_reason.startswith("stop:") and sample.finish_reason[5:] in stop
+        assert stopped[2].finish_reason == f"stop:{spanning}"
 
 
 @pytest.mark.parametrize("special", [False, True])
@@ -262,11 +279,11 @@ def test_endings_equal_decoding_everything(tokenizer: Any, special: bool) -> Non
                 response += [0] * special  # EOS under ignore_eos
             ending = Ending(tokenizer, SamplingParams(len(response), stop=stop, ignore_eos=True))
             reasons = [ending.reason(response[:count]) for count in range(1, len(response) + 1)]
-            found = next((count for count, reason in enumerate(reasons, 1) if reason == "stop"), None)
+            found = next((count for count, reason in enumerate(reasons, 1) if reason and reason[:5] == "stop:"), None)
             expected = slow_stop(tokenizer, response, stop)
             assert found == (expected and expected[0])
             if expected:
-                assert ending.text(response[: expected[0]], "stop") == expected[1]
+                assert ending.text(response[: expected[0]], reasons[found - 1]) == expected[1]
                 reached += 1
             else:
                 assert reasons[-1] == "length"

@@ -119,6 +119,14 @@ def test_unbiased_kl_estimators_average_to_the_true_kl(estimator):
     assert average.item() == pytest.approx((p * (p / q).log()).sum().item(), abs=1e-12)
 
 
+def test_the_gradient_of_k3_never_points_away_from_the_reference():
+    """Those of verl, NeMo-RL, OpenRLHF and slime where they clamp, and of TRL where that does not overflow."""
+    d = torch.tensor([-30.0, -21.0, -19.0, -5.0, -1.0, 0.0, 1.0, 5.0, 21.0, 30.0], requires_grad=True)
+    kl_estimate(d, torch.zeros(10), "k3").sum().backward()
+    expected = [0, 0, 1 - math.exp(19), 1 - math.exp(5), 1 - math.exp(1), 0, 0.63212, 0.99326, 1, 1]
+    assert d.grad.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
 def test_k3_stays_finite_where_the_reference_excludes_a_token():
     assert torch.isfinite(kl_estimate(torch.tensor([-0.1, -500.0]), torch.tensor([-500.0, -0.1]), "k3")).all()
 

@@ -35,7 +35,7 @@ from tests.spawn import run_distributed
 from tests.workers.rewards import HANGS_FOR, count_a
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-REASONS = ("eos", "stop", "length")
+REASONS = ("eos", "stop:.", "length")
 
 
 def make_rollout(*texts: str, **metadata: list[Any]) -> Rollout:

@@ -22,7 +22,7 @@ ROOMS: dict[str, set[str]] = {
     "parallel": {"config", "types", "device"},
     "models": {"parallel", "ops", "types", "config"},
     "convert": {"parallel", "config"},
-    "generation": {"parallel", "types", "config"},
+    "generation": {"parallel", "data", "types", "config"},
     "data": {"types", "config"},
     "rollout": {"generation", "ops", "types", "config"},
     "feedback": {"config", "types"},

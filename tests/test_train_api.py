@@ -68,7 +68,7 @@ def test_one_program_starts_itself_and_runs_under_torchrun(tiny: Tiny, tmp_path:
     samples = [sample for step in rollouts_of(tmp_path / "self").values() for sample in step]
     assert {sample["prompt"] for sample in samples} == {"ab ", "cd ", "e "}
     assert all(sample["letter"] == "c" for sample in samples if sample["prompt"] == "cd ")
-    stopped = [sample for sample in samples if sample["finish_reason"] == "stop"]
+    stopped = [sample for sample in samples if sample["finish_reason"].startswith("stop:")]
     assert stopped and not any(set("qx") & set(sample["response"]) for sample in samples)
 
     run_program(tmp_path, tiny, tmp_path / "torchrun", "--nproc-per-node=2", "--standalone")

@@ -44,7 +44,7 @@ class OneModel(Algorithm, Generic[Model]):
         """There is nothing beside the step."""
 
     def save_models(self, directory: Path) -> None:
-        save_role(self.model, directory / self.place, self.tokenizer_dir)
+        save_role(self.model, directory / self.place, self.tokenizer, self.tokenizer_dir)
         self.model.save_training_state(directory / "training" / self.place)
 
     def load_models(self, directory: Path) -> None:

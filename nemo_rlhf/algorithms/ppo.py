@@ -357,7 +357,7 @@ class PPO(Algorithm):
     def save_models(self, directory: Path) -> None:
         with self._critic_on_device(), self._optimizers_on_device():
             for model in self._models():
-                save_role(model, directory / model.role, self.tokenizer_dir)
+                save_role(model, directory / model.role, self.tokenizer, self.tokenizer_dir)
                 model.save_training_state(directory / "training" / model.role)
         if self.people is not None:
             self.people.learner.save(directory)

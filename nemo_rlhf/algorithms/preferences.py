@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from nemo_rlhf.data.tokenizer import render_chat
+from nemo_rlhf.data.prompts import encode_prompt
 from nemo_rlhf.parallel import state
 
 
@@ -96,7 +96,7 @@ def as_record(one: Comparison, tokenizer: Any) -> dict[str, Any]:
     if messages and tokenizer.chat_template:
         where = f"Comparison {one.id} of the preference store"
         try:
-            prompt = render_chat(tokenizer, messages, where, generation_prompt=True)
+            _, prompt = encode_prompt(messages, tokenizer, where, one.metadata)
         except ValueError as error:
             warnings.warn(f"{error} It is left out.", stacklevel=2)
             prefers = False

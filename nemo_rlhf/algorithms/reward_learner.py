@@ -94,7 +94,7 @@ class RewardLearner:
     def save(self, directory: Path) -> None:
         """Into the directory of a checkpoint; all ranks call it."""
         with self.source.on_device():
-            save_role(self.scorer.model, directory / self.role, self.scorer.tokenizer_dir)
+            save_role(self.scorer.model, directory / self.role, self.scorer.tokenizer, self.scorer.tokenizer_dir)
 
     def load(self, directory: Path) -> None:
         with self.source.on_device():

@@ -182,5 +182,5 @@ def _describe(scored: Scored) -> Metrics:
         "reward/mean": float(totals.mean()),
         "reward/std": float(totals.std(unbiased=False)),
         "response_length/mean": sum(len(sample.response_ids) for sample in samples) / len(samples),
-        "eos/share": sum(sample.finish_reason == "eos" for sample in samples) / len(samples),
+        "eos/share": sum(sample.finish_reason.startswith("eos") for sample in samples) / len(samples),
     }

@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nemo_rlhf.config.schema import ModelConfig, PPOModelConfig
+from nemo_rlhf.config.schema import ModelConfig, PPOModelConfig, RecordsConfig
 from nemo_rlhf.convert.load import HEADS, init_heads, load_weights, open_source
 from nemo_rlhf.convert.locate import TOKENIZER, read_architecture, resolve_restore_from, tokenizer_directory
 from nemo_rlhf.convert.source import RandomSource
 from nemo_rlhf.convert.transfer import copy_tokenizer
-from nemo_rlhf.data.tokenizer import load_tokenizer
+from nemo_rlhf.data.tokenizer import load_tokenizer, save_template, use_template
 from nemo_rlhf.models.base import DTYPES, MegatronModel
 from nemo_rlhf.models.critic import CriticModel
 from nemo_rlhf.parallel import checkpoint
@@ -19,11 +19,12 @@ from nemo_rlhf.parallel import checkpoint
 Role = TypeVar("Role", bound=MegatronModel)
 
 
-def open_tokenizer(config: ModelConfig) -> tuple[Any, Path]:
-    """The tokenizer that ``model.tokenizer`` or ``model.restore_from`` names, and its directory.
+def open_tokenizer(config: ModelConfig, data: RecordsConfig | None = None) -> tuple[Any, Path]:
+    """The tokenizer that ``model.tokenizer`` or ``model.restore_from`` names, with the chat template of ``data``, and
+    its directory.
 
     Raises:
-        ValueError: there is none, or it has more tokens than the model's vocabulary.
+        ValueError: there is none, it has more tokens than the model's vocabulary, or the chat template is none.
     """
     directory = Path(config.tokenizer) if config.tokenizer else tokenizer_directory(config.restore_from)
     tokenizer = load_tokenizer(directory)
@@ -33,6 +34,8 @@ def open_tokenizer(config: ModelConfig) -> tuple[Any, Path]:
             f"the tokenizer in {directory} has {len(tokenizer)} tokens, but the model in {config.restore_from} has a "
             f"vocabulary of {vocab_size}: name its own tokenizer in model.tokenizer."
         )
+    if data is not None:
+        use_template(tokenizer, data.chat_template, data.chat_template_kwargs)
     return tokenizer, directory
 
 
@@ -84,7 +87,12 @@ def open_critic(config: PPOModelConfig, vocab_size: int, precision: str, seed: i
     return critic
 
 
-def save_role(model: MegatronModel, directory: Path, tokenizer_dir: Path) -> None:
+def save_role(model: MegatronModel, directory: Path, tokenizer: Any, tokenizer_dir: Path) -> None:
     """A whole Megatron checkpoint, into a directory that does not exist yet; all ranks call it."""
+
+    def save_tokenizer() -> None:
+        copy_tokenizer(tokenizer_dir, directory / TOKENIZER)
+        save_template(tokenizer, directory / TOKENIZER)
+
     checkpoint.save_model(model.gpt, directory)
-    checkpoint.on_rank_zero(lambda: copy_tokenizer(tokenizer_dir, directory / TOKENIZER))
+    checkpoint.on_rank_zero(save_tokenizer)

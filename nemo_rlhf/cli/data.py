@@ -184,9 +184,10 @@ def _in_tokens(file: str, purpose: Purpose, intake: Intake, config: DataConfig) 
     from nemo_rlhf.data.prompts import read_prompts
     from nemo_rlhf.data.scores import read_scores
     from nemo_rlhf.data.texts import read_texts
-    from nemo_rlhf.data.tokenizer import load_tokenizer
+    from nemo_rlhf.data.tokenizer import load_tokenizer, use_template
 
     tokenizer = load_tokenizer(config.model.tokenizer or str(config.model.restore_from))
+    use_template(tokenizer, config.data.chat_template, config.data.chat_template_kwargs)
     data, seen = config.data, Seen("tokens")
     how: dict[str, Any] = {"intake": intake}
     masks: list[list[tuple[Sequence[int], Sequence[bool]]]] = []

@@ -100,7 +100,7 @@ def run_ppo(
         online = _online(config, intake, reward_fn, prompts, validation_prompts, metric_fn)
         return _fit(PPO(config, PPOInputs(**online, store=store, stopping=stop.noted)), config, intake)
     begin(config.model, config.trainer, config.seed)
-    tokenizer, tokenizer_dir = open_tokenizer(config.model)
+    tokenizer, tokenizer_dir = open_tokenizer(config.model, config.data)
     return _fit(PPO(config, PPOInputs(tokenizer, tokenizer_dir, env=env, metric_fn=metric_fn)), config)
 
 
@@ -139,7 +139,7 @@ def _online(
     """The inputs of an algorithm that samples from prompts, once this process has become a rank of its job."""
     sources = _sources(config, reward_fn)
     begin(config.model, config.trainer, config.seed)
-    tokenizer, tokenizer_dir = open_tokenizer(config.model)
+    tokenizer, tokenizer_dir = open_tokenizer(config.model, config.data)
 
     how = (tokenizer, config.data.max_prompt_length)
     training, validation = share_fields(
@@ -167,7 +167,7 @@ def _sources(config: PPOConfig | RFTConfig, reward_fn: RewardFunction | None) ->
 def run_sft(config: SFTConfig, *, train: Source | None = None, validation: Source | None = None) -> int:
     """Run supervised fine-tuning; as ``run_ppo``."""
     begin(config.model, config.trainer, config.seed)
-    tokenizer, tokenizer_dir = open_tokenizer(config.model)
+    tokenizer, tokenizer_dir = open_tokenizer(config.model, config.data)
 
     data, intake = config.data, _intake(config)
     how = (tokenizer, data.max_sequence_length, data.train_on)
@@ -190,7 +190,7 @@ def run_ilql(
     if reward_fn is None and config.reward.function is not None:
         reward_fn = load_function(config.reward.function)
     begin(config.model, config.trainer, config.seed)
-    tokenizer, tokenizer_dir = open_tokenizer(config.model)
+    tokenizer, tokenizer_dir = open_tokenizer(config.model, config.data)
     data, intake = config.data, _intake(config)
     how: dict[str, Any] = {"too_long": data.too_long, "intake": intake}
     limit = data.max_sequence_length
@@ -216,7 +216,7 @@ def run_ilql(
 def run_reward(config: RewardModelConfig) -> int:
     """Train a reward model; as ``run_ppo``."""
     begin(config.model, config.trainer, config.seed)
-    tokenizer, tokenizer_dir = open_tokenizer(config.model)
+    tokenizer, tokenizer_dir = open_tokenizer(config.model, config.data)
     regression = config.reward_model.loss == "regression"
     kind, read = (ScoreTraining, read_scores) if regression else (PairTraining, read_pairs)
     limit, data, intake = config.data.max_sequence_length, config.data, _intake(config)
@@ -228,7 +228,7 @@ def run_reward(config: RewardModelConfig) -> int:
 def run_generate(config: GenerateConfig) -> int:
     """Write one response for each prompt to ``config.out``, as jsonl in the order of the prompts."""
     begin(config.model, config.trainer, 0)
-    tokenizer, _ = open_tokenizer(ModelConfig(**vars(config.model)))
+    tokenizer, _ = open_tokenizer(ModelConfig(**vars(config.model)), config.data)
     limit = config.data.max_prompt_length
     prompts = read_prompts(str(config.data.prompts), tokenizer, limit, intake=_intake(config))
     model = _open_sampler(config)

@@ -15,14 +15,15 @@ SWEEPABLE: dict[str, type[int] | type[float]] = {
     "seed": int,
     "beta": float,
 }
+_LISTS = ("stop", "stop_token_ids")
 
 
 def sampling_values(generation: SamplingConfig) -> dict[str, Any]:
     """Settings of rollouts (and of ``generate``), the first value where a list is given: the keys of
-    ``SWEEPABLE``, ``stop`` as a tuple, ``ignore_eos``, ``adv_clip``."""
+    ``SWEEPABLE``, ``stop`` and ``stop_token_ids`` as tuples, ``ignore_eos``, ``adv_clip``."""
     values: dict[str, Any] = {key: kind(_first(getattr(generation, key))) for key, kind in SWEEPABLE.items()}
-    others = {"stop": tuple(generation.stop), "ignore_eos": generation.ignore_eos, "adv_clip": generation.adv_clip}
-    return {**values, **others}
+    lists = {key: tuple(getattr(generation, key)) for key in _LISTS}
+    return {**values, **lists, "ignore_eos": generation.ignore_eos, "adv_clip": generation.adv_clip}
 
 
 def sampling_sweep(generation: GenerationConfig) -> tuple[dict[str, Any], list[tuple[str, dict[str, Any]]]]:
@@ -38,8 +39,9 @@ def sampling_sweep(generation: GenerationConfig) -> tuple[dict[str, Any], list[t
         value = getattr(generation.validation, key)
         if value is not None and not isinstance(value, list):
             validation[key] = SWEEPABLE.get(key, bool)(value)
-    if generation.validation.stop is not None:
-        validation["stop"] = tuple(generation.validation.stop)
+    for key in _LISTS:
+        if (given := getattr(generation.validation, key)) is not None:
+            validation[key] = tuple(given)
     for section in (generation, generation.validation):
         for key, kind in SWEEPABLE.items():
             values = getattr(section, key)

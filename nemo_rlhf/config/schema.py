@@ -153,6 +153,7 @@ class ValidationSamplingConfig:
     top_k: Any = None
     top_p: Any = None
     stop: list[str] | None = None
+    stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     seed: Any = None
     beta: Any = None
@@ -167,8 +168,9 @@ class SamplingConfig:
     temperature: Any = 1.0  # float; 0: greedy (not in PPO rollouts)
     top_k: Any = 0  # int; sample from the k likeliest tokens; 0: from all
     top_p: Any = 1.0  # float; sample from the likeliest tokens that hold this probability
-    stop: list[str] = field(default_factory=list)  # strings that end a response
-    ignore_eos: bool = False  # go on to max_new_tokens whatever is drawn
+    stop: list[str] = field(default_factory=list)  # strings that end a response; special tokens by their names
+    stop_token_ids: list[int] = field(default_factory=list)  # tokens that do, beside those of the model
+    ignore_eos: bool = False  # go on whatever the model draws
     num_slots: int = 32  # sequences that one data-parallel rank generates at a time
     seed: Any = 0  # int; of the sampling noise
     beta: Any = 0.0  # float; how far the Q values of an ILQL model guide its policy; 0: not at all
@@ -186,6 +188,8 @@ class RecordsConfig:
 
     fields: dict[str, str] = field(default_factory=dict)  # {prompt: question}: what the files call a field of ours
     on_error: str = "stop"  # records that cannot be used: "stop" names them all | "skip" leaves them out, counted
+    chat_template: str | None = None  # a file with a Jinja template, in place of the tokenizer's; kept in checkpoints
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # variables of the template, of every chat
 
 
 @dataclass

@@ -158,11 +158,17 @@ def _shorten(
 ) -> tuple[list[Piece], list[list[float]]]:
     """Without as many turns at the start as do not fit, both sides' together; nothing where the last does not fit."""
     has_bos = pieces[0][0][0] == tokenizer.bos_token_id
-    while sum(len(ids) for ids, _ in pieces) + has_bos > limit:
-        first = next(index for index, (_, is_action) in enumerate(pieces) if is_action)
-        pieces, scored = pieces[first + 1 :], scored[first + 1 :]
-        if not any(is_action for _, is_action in pieces) or pieces[0][1]:
-            return [], []
+    room = limit - has_bos - sum(len(ids) for ids, _ in pieces)
+    first = 0
+    for index, (_, is_action) in enumerate(pieces):
+        if room >= 0:
+            break
+        if is_action:
+            room += sum(len(ids) for ids, _ in pieces[first : index + 1])
+            first = index + 1
+    pieces, scored = pieces[first:], scored[first:]
+    if room < 0 or not any(is_action for _, is_action in pieces) or pieces[0][1]:
+        return [], []
     if has_bos:
         pieces, scored = [([tokenizer.bos_token_id], False), *pieces], [[0.0], *scored]
     return pieces, scored

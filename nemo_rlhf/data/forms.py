@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nemo_rlhf.data.compared import compared, ranked, split_dialogue
-from nemo_rlhf.data.messages import only_last_is_learned, read_messages, read_tools, reply_to
+from nemo_rlhf.data.messages import read_messages, reply_to
 from nemo_rlhf.data.nearest import unknown_form
 
 Purpose = Literal["sft", "prompts", "pairs", "scores", "dialogues"]
@@ -106,14 +106,10 @@ def _beside(form: Form, record: Record, one: Record, purpose: str) -> Record:
 
 
 def _read_chat(where: str, one: Record) -> Record:
-    """``one`` with the messages of its prompt and its tools as chat templates take them."""
+    """``one`` with the messages of its prompt as chat templates take them."""
     if isinstance(one.get("prompt"), (list, tuple)):
         one = {**one, "prompt": read_messages(f"{where}: the prompt", one["prompt"])}
-    is_chat = any(isinstance(one.get(name), list) for name in ("prompt", "messages", "chosen"))
-    if not is_chat or one.get("tools") is None:
-        return one
-    tools = read_tools(where, one["tools"])
-    return {**one, "tools": tools} if tools else {name: value for name, value in one.items() if name != "tools"}
+    return one
 
 
 def _of_no_use(where: str, record: Record, form: Form, purpose: str) -> ValueError | None:
@@ -184,9 +180,6 @@ def _chat(where: str, record: Record, purpose: str) -> list[tuple[str, Record]]:
             raise ValueError(f"{where}: {name} have no turn but the assistant's, so nothing to answer.")
         one.pop("messages")
         return _alone({**one, "prompt": messages})
-    if only_last_is_learned(where, messages):
-        one.pop("messages")
-        return _alone(one | reply_to(where, messages[:-1], messages[-1:]))
     return _alone(one)
 
 

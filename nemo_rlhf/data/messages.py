@@ -23,7 +23,7 @@ _PLAIN = {"role", "content", "weight", "name"}
 def read_messages(where: str, value: Any) -> list[Message]:
     """``value`` as messages: a list of objects with "role" and "content", or with "from" and "value" (ShareGPT). What
     is not understood is left to whoever renders them. Raises ValueError, which begins with ``where``, for a list that
-    is none, and for a speaker or a tool call that is unknown."""
+    is none, and for a speaker that is unknown."""
     if not isinstance(value, (list, tuple)) or not value or not all(isinstance(one, Mapping) for one in value):
         raise ValueError(f'{where} is not a list of chat messages: each must be an object with "role" and "content".')
     return [_message(where, index, one) for index, one in enumerate(value)]
@@ -34,10 +34,7 @@ def _message(where: str, index: int, given: Mapping[str, Any]) -> Message:
         return _shared(f"{where}, message {index}", given)
     if not isinstance(given.get("role"), str):
         raise ValueError(f'{where} is not a list of chat messages: message {index} has no "role".')
-    message = dict(given)
-    if message.get("tool_calls") is not None:
-        message["tool_calls"] = _tool_calls(f"{where}, message {index}", message["tool_calls"])
-    return message
+    return dict(given)
 
 
 def _shared(where: str, given: Mapping[str, Any]) -> Message:
@@ -48,36 +45,10 @@ def _shared(where: str, given: Mapping[str, Any]) -> Message:
     if given.get("label") is not None:
         raise ValueError(f'{where} has a "label" (SteerLM\'s attributes), which a chat template does not write.')
     if speaker.lower() == "function_call":
-        call = parse_json(value, f"{where}: the function call") if isinstance(value, str) else value
-        return {
-            "role": role,
-            "content": None,
-            "tool_calls": _tool_calls(where, call if isinstance(call, list) else [call]),
-        }
+        found = parse_json(value, f"{where}: the function call") if isinstance(value, str) else value
+        calls = [{"type": "function", "function": call} for call in (found if isinstance(found, list) else [found])]
+        return {"role": role, "content": None, "tool_calls": calls}
     return {"role": role, "content": value}
-
-
-def _tool_calls(where: str, calls: Any) -> list[Any]:
-    """Tool calls with objects as arguments: OpenAI has them as JSON in a string, and templates write what they get."""
-    if not isinstance(calls, (list, tuple)) or not all(isinstance(call, Mapping) for call in calls):
-        raise ValueError(f'{where}: "tool_calls" must be a list of objects.')
-    result = []
-    for call in calls:
-        call = dict(call) if "function" in call else {"type": "function", "function": dict(call)}
-        if isinstance(call["function"], Mapping) and isinstance(call["function"].get("arguments"), str):
-            arguments = parse_json(call["function"]["arguments"], f"{where}: what a tool is called with")
-            call["function"] = {**call["function"], "arguments": arguments}
-        result.append(call)
-    return result
-
-
-def read_tools(where: str, tools: Any) -> Any:
-    """Tools as a list of objects: data sets have them as JSON in a string, too."""
-    if isinstance(tools, str):
-        tools = parse_json(tools, f"{where}: tools") if tools.strip() else []
-    if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise ValueError(f"{where}: tools must be a list of objects.")
-    return list(tools)
 
 
 def plain_text(messages: Sequence[Message]) -> str | None:
@@ -117,34 +88,15 @@ def _says(message: Message, role: str, content: str) -> bool:
 
 def reply_to(where: str, prompt: Any, reply: Any) -> dict[str, Any]:
     """``{"prompt", "response"}`` of a reply in text or in messages; or ``{"messages"}`` of one that is more than a
-    text, which is then the assistant's only part of the chat. Raises ValueError where it is not."""
+    text, where what the assistant said before has the weight 0: it is not learned."""
     if not isinstance(reply, (list, tuple)):
         return {"prompt": prompt, "response": reply}
     start, turns = with_prompt(where, prompt, read_messages(f"{where}: the response", reply))
     text = plain_text(turns)
     if text is not None and start:
         return {"prompt": start, "response": text}
-    if any(message["role"] == "assistant" for message in start):
-        raise ValueError(
-            f"{where}: the response is more than one message in text, and the prompt has turns of the assistant, which "
-            "are not to be learned: give each turn a record of its own."
-        )
-    return {"messages": [*start, *turns]}
-
-
-def only_last_is_learned(where: str, messages: Sequence[Message]) -> bool:
-    """Whether OpenAI's weights (0: not learned) leave only the last message to learn. Raises ValueError where they
-    choose otherwise among the assistant's."""
-    said = [message for message in messages if message["role"] == "assistant"]
-    weights = [1 if message.get("weight") is None else message["weight"] for message in said]
-    if all(weight == 1 for weight in weights):
-        return False
-    if messages[-1] is said[-1] and weights[-1] == 1 and not any(weights[:-1]):
-        return True
-    raise ValueError(
-        f"{where}: of the weights of the assistant's messages only those can be used that learn all of them or the "
-        "last one alone: give prompt and response."
-    )
+    before = [{**message, "weight": 0} if message["role"] == "assistant" else message for message in start]
+    return {"messages": [*before, *turns]}
 
 
 def common_start(first: Sequence[Message], second: Sequence[Message]) -> int:

@@ -9,7 +9,7 @@ from nemo_rlhf.data.files import Source
 from nemo_rlhf.data.forms import TEXTS
 from nemo_rlhf.data.intake import Intake
 from nemo_rlhf.data.records import margin_of
-from nemo_rlhf.data.texts import pieces_of
+from nemo_rlhf.data.texts import scored_tokens
 from nemo_rlhf.types import Pair
 
 
@@ -30,7 +30,7 @@ def read_pairs(source: Source, tokenizer: Any, max_sequence_length: int, *, inta
     intake = intake or Intake()
     for where, record in intake.records(source, "pairs"):
         with intake.noted():
-            sides = [_tokens(where, _side(record, name), tokenizer) for name in ("chosen", "rejected")]
+            sides = [scored_tokens(where, _side(record, name), tokenizer) for name in ("chosen", "rejected")]
             if sides[0] == sides[1]:
                 raise ValueError(f"{where}: chosen and rejected are the same text, of which neither can be better.")
             margin = margin_of(where, record.get("margin", 0.0))
@@ -56,7 +56,3 @@ def _side(record: dict[str, Any], name: str) -> dict[str, Any]:
     if record.get("prompt") is not None:
         return {**kept, "prompt": record["prompt"], "response": record[name]}
     return {**kept, "text" if isinstance(record[name], str) else "messages": record[name]}
-
-
-def _tokens(where: str, record: Any, tokenizer: Any) -> tuple[int, ...]:
-    return tuple(token for ids, _ in pieces_of(where, record, tokenizer) for token in ids)

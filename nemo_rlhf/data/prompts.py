@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from nemo_rlhf.data.chats import read_chat
 from nemo_rlhf.data.files import Source
 from nemo_rlhf.data.intake import Intake
 from nemo_rlhf.data.records import missing_field
-from nemo_rlhf.data.tokenizer import encode, render_chat
+from nemo_rlhf.data.tokenizer import encode
+from nemo_rlhf.data.turns import prompt_ids
 from nemo_rlhf.types import Prompt
 
 FIELDS = ("prompt", "text")
@@ -34,34 +36,38 @@ def read_prompts(
     return prompts
 
 
-def encode_prompt(prompt: Any, tokenizer: Any, where: str) -> tuple[list[int], str]:
-    """Token ids and text of a prompt: a string, or chat messages, whose text ends in the assistant's header.
+def encode_prompt(prompt: Any, tokenizer: Any, where: str, record: Any = None) -> tuple[list[int], str]:
+    """Token ids and text of a prompt: a string, or chat messages, whose text ends where the assistant goes on: behind
+    the header of its turn, or, where the last message is its own, in the midst of that.
 
-    A string gets what the tokenizer puts in front of a text (BOS); a chat template writes that itself.
+    A string gets what the tokenizer puts in front of a text (BOS); a chat template writes that itself. ``record``: as
+    in ``read_chat``.
     """
     if isinstance(prompt, str):
         return encode(tokenizer, prompt, start=True), prompt
     if isinstance(prompt, (list, tuple)):
-        text = render_chat(tokenizer, prompt, where, generation_prompt=True)
-        return encode(tokenizer, text, start=False), text
+        chat = read_chat(where, prompt, tokenizer, record)
+        text = chat.prompt()
+        return prompt_ids(chat, text), text
     raise ValueError(f"{where}: the prompt is a {type(prompt).__name__}, and must be text or a list of chat messages.")
 
 
 def _read_prompt(where: str, record: Any, tokenizer: Any, max_prompt_length: int) -> Prompt:
     metadata: dict[str, Any] = {}
+    prompt = record
     if isinstance(record, dict):
         field = next((name for name in FIELDS if record.get(name) is not None), None)
         if field is None:
             raise missing_field(where, record, FIELDS)
         metadata = {name: value for name, value in record.items() if name != field}
-        record = record[field]
+        prompt = record[field]
     elif not isinstance(record, str):
         raise ValueError(
             f'{where} is a {type(record).__name__}, and must be a string or an object with "prompt" or "text".'
         )
-    if not record:
+    if not prompt:
         raise ValueError(f"{where}: the prompt is empty.")
-    token_ids, text = encode_prompt(record, tokenizer, where)
+    token_ids, text = encode_prompt(prompt, tokenizer, where, metadata)
     if not token_ids:
         raise ValueError(f"{where}: the prompt has no token.")
     if len(token_ids) > max_prompt_length:
@@ -69,7 +75,7 @@ def _read_prompt(where: str, record: Any, tokenizer: Any, max_prompt_length: int
             f"{where}: the prompt is {len(token_ids)} tokens long and data.max_prompt_length is {max_prompt_length}: "
             "raise the limit, or shorten or remove the prompt."
         )
-    return Prompt(tuple(token_ids), text, metadata, None if isinstance(record, str) else tuple(record))
+    return Prompt(tuple(token_ids), text, metadata, None if isinstance(prompt, str) else tuple(prompt))
 
 
 def share_fields(*groups: Sequence[Prompt]) -> list[list[Prompt]]:

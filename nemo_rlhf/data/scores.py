@@ -7,9 +7,9 @@ from typing import Any
 
 from nemo_rlhf.data.files import Source
 from nemo_rlhf.data.intake import Intake
+from nemo_rlhf.data.prompts import encode_prompt
 from nemo_rlhf.data.records import score_of
-from nemo_rlhf.data.texts import pieces_of
-from nemo_rlhf.data.tokenizer import encode
+from nemo_rlhf.data.texts import encode_response, scored_tokens
 from nemo_rlhf.types import ScoredText
 
 
@@ -32,7 +32,7 @@ def read_scores(
     for where, record in intake.records(source, "scores"):
         with intake.noted():
             score = score_of(where, record)
-            token_ids = tuple(token for ids, _ in pieces_of(where, record, tokenizer) for token in ids)
+            token_ids = scored_tokens(where, record, tokenizer)
             num_all += 1
             if len(token_ids) > max_sequence_length:
                 num_long += 1
@@ -50,12 +50,8 @@ def read_scores(
 
 
 def encode_reply(prompt: str, response: str, tokenizer: Any) -> tuple[int, ...]:
-    """Token ids of ``prompt`` and ``response`` with EOS at their end, as training has those of ``{"prompt",
-    "response"}``; here the response may be empty. A prompt that begins with BOS was written by a chat template, and
-    gets no second one."""
-    bos, eos = tokenizer.bos_token, tokenizer.eos_token_id
-    start = not (bos and prompt.startswith(bos))
-    reply = encode(tokenizer, response, start=False)
-    if not reply or reply[-1] != eos:
-        reply.append(eos)
-    return (*encode(tokenizer, prompt, start=start), *reply)
+    """Token ids of ``prompt`` and ``response`` up to the token that ends it, as ``scored_tokens`` has those of
+    ``{"prompt", "response"}``, and of the chat that a chat template made ``prompt`` of; here the response may be
+    empty."""
+    ids, _ = encode_prompt(prompt, tokenizer, "prompt")
+    return (*ids, *encode_response(prompt, response, tokenizer))

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from nemo_rlhf.data.chat_format import reply_end, response_ends, up_to_end
+from nemo_rlhf.data.chats import read_chat
 from nemo_rlhf.data.files import Source
 from nemo_rlhf.data.intake import Intake
 from nemo_rlhf.data.prompts import encode_prompt
 from nemo_rlhf.data.records import best, missing_field, total_reward
-from nemo_rlhf.data.tokenizer import encode, render_chat
+from nemo_rlhf.data.tokenizer import encode
+from nemo_rlhf.data.turns import Piece, chat_pieces, last_turn
 from nemo_rlhf.types import Text
 
 TrainOn = Literal["response", "all"]
 FIELDS = ("prompt", "messages", "text")
-# Templates mark the assistant's tokens with {% generation %} ... {% endgeneration %}, if they mark them at all.
-GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-Piece = tuple[list[int], bool]  # token ids and whether they are learned
 
 
 def read_texts(
@@ -76,31 +74,75 @@ def read_texts(
 
 
 def pieces_of(where: str, record: Any, tokenizer: Any) -> list[Piece]:
-    """The pieces of a record in one of the forms of ``read_texts``: every stretch that is learned is one of them."""
+    """The pieces of a record in one of the forms of ``read_texts``: every stretch that is learned is one of them.
+
+    What a response ends with is its first token of ``response_ends``: nothing behind it is a part of the response, and
+    where it has none, ``reply_end`` is appended to the last one, unless the record was cut off.
+    """
+    if isinstance(record, dict) and record.get("prompt") is None and record.get("messages") is not None:
+        chat = read_chat(f"{where}: messages", record["messages"], tokenizer, record)
+        pieces, prompt = chat_pieces(chat), chat.render(chat.messages)
+        if chat.messages[-1]["role"] != "assistant":
+            return pieces
+    else:
+        pieces, prompt = _plain_pieces(where, record, tokenizer)
+    last, _ = pieces[-1]  # every other form ends in what is learned
+    if is_done(where, record) and (not last or last[-1] not in response_ends(tokenizer)):
+        last.append(reply_end(tokenizer, prompt))
+    return pieces
+
+
+def scored_tokens(where: str, record: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Token ids of a record's prompt and its last response, up to the token that ends it: what a reward model scores,
+    at the last of them. Of a chat only the last turn must be told apart.
+
+    Raises:
+        ValueError: as ``pieces_of``; a chat does not end in a turn of the assistant.
+    """
+    if not isinstance(record, dict):
+        record = {"turns" if isinstance(record, (list, tuple)) else "text": record}
+    if record.get("prompt") is not None and isinstance(record.get("response"), str) and record["response"]:
+        ids, text = encode_prompt(record["prompt"], tokenizer, where, record)
+        return (*ids, *encode_response(text, record["response"], tokenizer))
+    if record.get("prompt") is None and record.get("messages") is not None:
+        chat = read_chat(f"{where}: messages", record["messages"], tokenizer, record)
+        (before, _), (response, _) = last_turn(chat)
+        if not response or response[-1] not in response_ends(tokenizer):
+            response.append(reply_end(tokenizer, chat.render(chat.messages)))
+        return (*before, *response)
+    pieces = pieces_of(where, {**record, "done": True}, tokenizer)  # it gets its end where it is scored, too
+    return tuple(token for ids, _ in pieces for token in ids)
+
+
+def encode_response(prompt: str, response: str, tokenizer: Any) -> list[int]:
+    """Token ids of a response that was taken as text, with the token that ends it. Names of special tokens in it, which
+    a policy may have spelled, are words; but the one that ended it may stand at its end."""
+    for end in response_ends(tokenizer):
+        response = response.removesuffix(tokenizer.decode([end]))
+    return [*encode(tokenizer, response, start=False, split_special=True), reply_end(tokenizer, prompt)]
+
+
+def _plain_pieces(where: str, record: Any, tokenizer: Any) -> tuple[list[Piece], str]:
+    """The pieces of a record that is no chat, and how its text begins."""
     if isinstance(record, (list, tuple)):
-        pieces = _dialogue(where, record, tokenizer)
-    elif isinstance(record, str):
-        pieces = _whole_text(where, record, tokenizer)
-    elif not isinstance(record, dict):
+        return _dialogue(where, record, tokenizer), str(record[0])
+    if isinstance(record, str):
+        return _whole_text(where, record, tokenizer), record
+    if not isinstance(record, dict):
         raise ValueError(f"{where} is a {type(record).__name__}, and must be a string, a list or an object.")
-    elif record.get("prompt") is not None:
+    if record.get("prompt") is not None:
         if record.get("response") is None:
             raise missing_field(where, record, ("response",))
-        pieces = _prompt_and_response(where, record["prompt"], record["response"], tokenizer)
-    elif record.get("messages") is not None:
-        return _chat(f"{where}: messages", record["messages"], tokenizer)
-    elif record.get("turns") is not None:
+        ids, text = encode_prompt(record["prompt"], tokenizer, where, record)
+        response, _ = _learned(where, "response", record["response"], tokenizer)
+        return [(ids, False), (up_to_end(response, response_ends(tokenizer)), True)], text
+    if record.get("turns") is not None:
         if not isinstance(record["turns"], (list, tuple)):
             raise ValueError(f'{where}: "turns" is a {type(record["turns"]).__name__}, and must be a list of texts.')
-        pieces = _dialogue(where, record["turns"], tokenizer)
-    elif record.get("text") is not None:
-        pieces = _whole_text(where, record["text"], tokenizer)
-    else:
-        raise missing_field(where, record, FIELDS)
-    last, _ = pieces[-1]  # every form ends in what is learned
-    if is_done(where, record) and (not last or last[-1] != tokenizer.eos_token_id):
-        last.append(tokenizer.eos_token_id)
-    return pieces
+        return _dialogue(where, record["turns"], tokenizer), str(record["turns"][:1])
+    if record.get("text") is not None:
+        return _whole_text(where, record["text"], tokenizer), record["text"]
+    raise missing_field(where, record, FIELDS)
 
 
 def is_done(where: str, record: Any) -> bool:
@@ -109,10 +151,6 @@ def is_done(where: str, record: Any) -> bool:
     if done is not None and not isinstance(done, bool):
         raise ValueError(f'{where}: "done" is {done!r}, and must be true, or false where the text was cut off.')
     return done is not False
-
-
-def _prompt_and_response(where: str, prompt: Any, response: Any, tokenizer: Any) -> list[Piece]:
-    return [(encode_prompt(prompt, tokenizer, where)[0], False), _learned(where, "response", response, tokenizer)]
 
 
 def _whole_text(where: str, text: Any, tokenizer: Any) -> list[Piece]:
@@ -126,7 +164,11 @@ def _dialogue(where: str, turns: Sequence[Any], tokenizer: Any) -> list[Piece]:
     pieces: list[Piece] = []
     for index, turn in enumerate(turns):
         if index % 2:
-            pieces.append(_learned(where, f"turn {index}", turn, tokenizer))
+            token_ids, _ = _learned(where, f"turn {index}", turn, tokenizer)
+            response = up_to_end(token_ids, response_ends(tokenizer))
+            pieces.append((response, True))
+            if index + 1 < len(turns) and len(response) < len(token_ids):
+                pieces.append((token_ids[len(response) :], False))
         elif isinstance(turn, str):
             pieces.append((encode(tokenizer, turn, start=index == 0), False))
         else:
@@ -144,76 +186,6 @@ def _check_text(where: str, what: str, text: Any) -> None:
         raise ValueError(f"{where}: the {what} is a {type(text).__name__}, and must be text.")
     if not text:
         raise ValueError(f"{where}: the {what} is empty.")
-
-
-def _chat(where: str, messages: Any, tokenizer: Any) -> list[Piece]:
-    """A chat in the tokenizer's template; the assistant's turns are learned."""
-    whole = render_chat(tokenizer, messages, where, generation_prompt=False)
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError(f"{where} have no turn of the assistant to learn.")
-    is_marked = GENERATION_MARK.search(tokenizer.get_chat_template()) is not None
-    spans = _marked_turns(messages, tokenizer) if is_marked else _found_turns(where, messages, whole, tokenizer)
-    pieces: list[Piece] = []
-    done = 0
-    for start, end in spans:
-        pieces.append((encode(tokenizer, whole[done:start], start=False), False))
-        turn = encode(tokenizer, whole[start:end], start=False)
-        pieces.extend([(turn, True)] if is_marked else _up_to_eos(turn, tokenizer.eos_token_id))
-        done = end
-    pieces.append((encode(tokenizer, whole[done:], start=False), False))
-    return pieces
-
-
-def _marked_turns(messages: Sequence[Any], tokenizer: Any) -> list[tuple[int, int]]:
-    """Where the template's marks say that the assistant speaks, in characters.
-
-    apply_chat_template(return_assistant_tokens_mask=True) has these too, but its mask is wrong where a stretch begins
-    or ends in a blank that belongs to no token.
-    """
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    rendered: Any = render_jinja_template(  # annotated there as str
-        [list(messages)],
-        chat_template=tokenizer.get_chat_template(),
-        return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
-    )
-    _, spans_of_chats = rendered
-    return spans_of_chats[0]
-
-
-def _found_turns(where: str, messages: Sequence[Any], whole: str, tokenizer: Any) -> list[tuple[int, int]]:
-    """The same without marks: a turn is what the chat gains by it, after the header that a rollout begins with."""
-    return [
-        (
-            _border(where, messages, index, whole, tokenizer, generation_prompt=True),
-            _border(where, messages, index + 1, whole, tokenizer, generation_prompt=False),
-        )
-        for index, message in enumerate(messages)
-        if message["role"] == "assistant"
-    ]
-
-
-def _border(
-    where: str, messages: Sequence[Any], num_messages: int, whole: str, tokenizer: Any, *, generation_prompt: bool
-) -> int:
-    """How many characters of ``whole`` the first ``num_messages`` messages take."""
-    part = render_chat(tokenizer, messages[:num_messages], where, generation_prompt=generation_prompt)
-    if not whole.startswith(part):
-        raise ValueError(
-            f"{where}: the chat template writes message {num_messages - 1} differently when more follow, so the "
-            "assistant's tokens cannot be told apart: mark them in the template with {% generation %}, or give prompt "
-            "and response."
-        )
-    return len(part)
-
-
-def _up_to_eos(token_ids: list[int], eos: int) -> list[Piece]:
-    """A turn is learned up to its EOS; what the template writes behind that is never generated, so never learned."""
-    if eos not in token_ids:
-        return [([*token_ids, eos], True)]
-    end = len(token_ids) - token_ids[::-1].index(eos)
-    return [(token_ids[:end], True), (token_ids[end:], False)]
 
 
 def _join(pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]:

@@ -1,12 +1,16 @@
-"""Loading a tokenizer from a directory, and telling two tokenizers apart."""
+"""Loading a tokenizer from a directory, tokenising texts, and telling two tokenizers apart."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from nemo_rlhf.data.chat_format import takes_bos
+from nemo_rlhf.data.chats import check_variables
 
 # What a directory holds when there is a tokenizer in it; one of these is enough.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -14,11 +18,15 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 
 def load_tokenizer(directory: str | Path) -> Any:
     """The transformers tokenizer in ``directory``: a Hugging Face directory, or a Megatron checkpoint, which has it in
-    ``tokenizer/``. Nothing is fetched from a network.
+    ``tokenizer/``. Nothing is fetched from a network, and no code that comes with it is run.
 
     Its ``eos_token_id`` is never None, nor is its ``pad_token_id``: EOS stands in where there is no padding token
-    (padding is never attended to nor learned, so which token it is does not matter).
-    Raises ValueError where there is no tokenizer, where it cannot be read, and where it has no EOS token.
+    (padding is never attended to nor learned, so which token it is does not matter). ``generation_eos_ids`` are the ids
+    that ``generation_config.json`` beside it names, any of which ends a response.
+
+    Raises:
+        ValueError: there is no tokenizer, it cannot be read, it has no EOS token, or ``generation_config.json`` names
+            ids that it has not.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -31,11 +39,10 @@ def load_tokenizer(directory: str | Path) -> Any:
             f"{directory} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}, in it or in its tokenizer/): "
             "save one there with tokenizer.save_pretrained(...), or name its directory in model.tokenizer."
         )
+    described = any((found / name).is_file() for name in ("tokenizer_config.json", "config.json"))
+    kind = AutoTokenizer if described else PreTrainedTokenizerFast
     try:
-        if any((found / name).is_file() for name in ("tokenizer_config.json", "config.json")):
-            tokenizer = AutoTokenizer.from_pretrained(str(found), local_files_only=True)
-        else:
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(found), local_files_only=True)
+        tokenizer = kind.from_pretrained(str(found), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its parsers do
         reason = " ".join(str(error).split())
         raise ValueError(f"The tokenizer in {found} cannot be loaded ({type(error).__name__}: {reason}).") from error
@@ -46,7 +53,64 @@ def load_tokenizer(directory: str | Path) -> Any:
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.generation_eos_ids = _generation_eos_ids(found, len(tokenizer))
     return tokenizer
+
+
+def use_template(tokenizer: Any, template: str | Path | None, variables: Mapping[str, Any]) -> None:
+    """Give a tokenizer the chat template in a file, if one is named, and what every chat sets of its variables.
+
+    Raises:
+        ValueError: the file cannot be read, is no template, or has no such variable.
+    """
+    if template is not None:
+        tokenizer.chat_template = tokenizer.template_of_data = _read_template(Path(template))
+    if variables and not tokenizer.chat_template:
+        raise ValueError("data.chat_template_kwargs are given, and the tokenizer has no chat template that reads them.")
+    check_variables("data.chat_template_kwargs", variables, tokenizer.get_chat_template() if variables else "")
+    tokenizer.chat_template_kwargs = dict(variables)
+
+
+def save_template(tokenizer: Any, directory: Path) -> None:
+    """Put the chat template that ``use_template`` gave a tokenizer, if it did, beside that tokenizer's files in
+    ``directory``, where it takes the place of its own."""
+    if (template := getattr(tokenizer, "template_of_data", None)) is not None:
+        (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def _read_template(path: Path) -> str:
+    import jinja2
+
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        # {% generation %} and the loop controls are what transformers adds to the language
+        source = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", text)
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"data.chat_template={path} cannot be read ({error}).") from error
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"data.chat_template={path}, line {error.lineno}, is no Jinja template: {error}") from error
+    if not text.strip():
+        raise ValueError(f"data.chat_template={path} is empty.")
+    return text
+
+
+def _generation_eos_ids(directory: Path, num_tokens: int) -> tuple[int, ...]:
+    path = directory / "generation_config.json"
+    if not path.is_file():
+        return ()
+    try:
+        named = json.loads(path.read_bytes()).get("eos_token_id")
+    except (ValueError, RecursionError, AttributeError):
+        raise ValueError(f"{path} is not a JSON object: mend it, or remove it.") from None
+    ids = named if isinstance(named, list) else [] if named is None else [named]
+    for one in ids:
+        if isinstance(one, bool) or not isinstance(one, int) or not 0 <= one < num_tokens:
+            raise ValueError(
+                f"{path} says eos_token_id {json.dumps(one)}, and the tokenizer beside it has tokens 0 to "
+                f"{num_tokens - 1}: mend it."
+            )
+    return tuple(ids)
 
 
 def fingerprint(tokenizer: Any) -> str:
@@ -58,37 +122,29 @@ def fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps([vocabulary, special], ensure_ascii=True).encode()).hexdigest()
 
 
-def encode(tokenizer: Any, text: str, *, start: bool) -> list[int]:
-    """Token ids of ``text``. At the ``start`` of a sequence, with the special tokens that the tokenizer puts in front
-    of a text (BOS) but without those that it puts behind one (EOS); otherwise with neither."""
-    ids = list(tokenizer(text, add_special_tokens=start, verbose=False)["input_ids"])
-    eos = tokenizer.eos_token_id
-    if start and ids and ids[-1] == eos:
-        # The text may end in EOS itself, so only what is not the text's own goes.
-        own = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        if ids[-len(own) :] != own if own else eos != tokenizer.bos_token_id:
-            ids.pop()
-    return ids
+def encode(tokenizer: Any, text: str, *, start: bool, split_special: bool = False) -> list[int]:
+    """Token ids of ``text``.
 
-
-def render_chat(tokenizer: Any, messages: Sequence[Any], where: str, *, generation_prompt: bool) -> str:
-    """``messages`` ({"role", "content"} each) as the text that the tokenizer's chat template makes of them.
-
-    ``generation_prompt``: with the header of the assistant's next turn. Raises ValueError, which begins with
-    ``where``, when there is no template or it does not take these messages.
+    Args:
+        start: it begins a sequence, so the special tokens that the tokenizer puts in front of a text (BOS) stand there,
+            once where the text has them itself, and not where it is a chat of a template that has none; those that it
+            puts behind one (EOS) never do.
+        split_special: the name of a special token in the text is words, and not that token.
     """
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"{where} is a list of chat messages, and the tokenizer has no chat template: give text, or use a "
-            'tokenizer with "chat_template".'
-        )
-    if not messages or not all(isinstance(message, dict) and "role" in message for message in messages):
-        raise ValueError(f'{where} is not a list of chat messages: each must be an object with "role" and "content".')
-    try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation_prompt)
-    except Exception as error:  # a template raises what it likes
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{where}: the tokenizer's chat template does not take these messages ({reason}).") from error
+    options = {"verbose": False, **({"split_special_tokens": True} if split_special else {})}
+    own = list(tokenizer(text, add_special_tokens=False, **options)["input_ids"])
+    if not start or not takes_bos(tokenizer, text):
+        return own
+    prefix = _added_in_front(tokenizer)
+    return own if own[: len(prefix)] == prefix else [*prefix, *own]
+
+
+def _added_in_front(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts in front of a text."""
+    own = list(tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"])
+    whole = list(tokenizer("a", add_special_tokens=True, verbose=False)["input_ids"])
+    at = next((index for index in range(len(whole)) if own and whole[index : index + len(own)] == own), 0)
+    return whole[:at]
 
 
 def _has_tokenizer(directory: Path) -> bool:

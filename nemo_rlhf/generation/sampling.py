@@ -27,8 +27,9 @@ INVALID_TOKEN = -1  # drawn where the logits are NaN
 class SamplingParams:
     """How a continuation is drawn and when it ends. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 filter
     nothing. ``beta`` > 0 adds ``beta * (Q - V)`` to the log-probabilities of an ILQL model before anything else, where
-    an advantage counts at most +-``adv_clip``. Generation ends after a token of EOS (unless ``ignore_eos``), after the
-    token that completes one of the ``stop`` strings, or after ``max_new_tokens``.
+    an advantage counts at most +-``adv_clip``. Generation ends after a token of ``data.chat_format.response_ends``
+    (unless ``ignore_eos``), one of ``stop_token_ids``, the one that completes one of the ``stop`` strings, in which
+    special tokens count by their names, or after ``max_new_tokens``.
 
     Raises:
         ValueError: a value is out of its range.
@@ -39,6 +40,7 @@ class SamplingParams:
     top_k: int = 0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     seed: int = 0
     beta: float = 0.0
@@ -57,6 +59,9 @@ class SamplingParams:
             raise ValueError(f"generation.top_p={self.top_p}: give a probability above 0, up to 1 (off).")
         if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
             raise ValueError(f"generation.stop={self.stop!r}: give a list of strings that are not empty.")
+        if any(isinstance(token, bool) or not isinstance(token, int) or token < 0 for token in self.stop_token_ids):
+            raise ValueError(f"generation.stop_token_ids={self.stop_token_ids!r}: give a list of token ids.")
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         object.__setattr__(self, "stop", tuple(self.stop))  # a list is what a configuration file holds
 
 

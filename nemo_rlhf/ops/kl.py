@@ -16,8 +16,9 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator) 
     """KL(policy || reference) per token, estimated from tokens that the policy sampled. Same shape as the inputs.
 
     With ``d = logprobs - ref_logprobs``: k1 = d (unbiased, may be negative), k2 = d^2 / 2 (biased, low variance),
-    k3 = exp(-d) - 1 + d (unbiased, never negative), abs = |d|. In k3 the exponent is clamped to +-20, so that a
-    token which the reference all but excludes does not overflow.
+    k3 = exp(-d) - 1 + d (unbiased, never negative), abs = |d|. In k3 a d below -20 counts as -20, in both terms: the
+    exponential does not overflow, and a token so far off has gradient 0, as in verl, NeMo-RL and OpenRLHF, and not
+    that of the linear term alone, which points away from the reference.
     Source: J. Schulman, "Approximating KL divergence", http://joschu.net/blog/kl-approx.html.
     """
     d = logprobs - ref_logprobs
@@ -26,7 +27,8 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator) 
     if estimator == "k2":
         return 0.5 * d * d
     if estimator == "k3":
-        return torch.expm1(-d.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)) + d
+        d = d.clamp(min=-LOG_RATIO_LIMIT)
+        return torch.expm1(-d) + d
     if estimator == "abs":
         return d.abs()
     raise ValueError(f"ppo.kl.estimator is {estimator!r}: use one of k1, k2, k3, abs.")

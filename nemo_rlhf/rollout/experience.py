@@ -145,7 +145,7 @@ def _describe_responses(scored: Scored) -> dict[str, float]:
     return {
         **describe_turns(samples),
         "response_length/mean": sum(sample.num_sampled for sample in samples) / len(samples),
-        "eos/share": sum(sample.finish_reason == "eos" for sample in samples) / len(samples),
+        "eos/share": sum(sample.finish_reason.startswith("eos") for sample in samples) / len(samples),
         "truncated/share": sum(sample.finish_reason == "length" for sample in samples) / len(samples),
     }
 

@@ -45,7 +45,7 @@ def score(reward_fn: RewardFunction, rollout: Rollout, tokenizer: Any) -> Scored
     ``samples`` are prompt and response texts together, ``prompts`` and ``outputs`` the two apart: lists of str, without
     special tokens, cut before a stop string. A function with a parameter ``output_ids`` also gets the sampled tokens,
     which it needs to reward each of them: text that is tokenised again has other lengths; with ``finish_reasons``, how
-    each response ended ("eos", "stop" or "length"). Each field of the prompts' metadata is a list with one entry a
+    each response ended (``types.FinishReason``). Each field of the prompts' metadata is a list with one entry a
     sample, None where its prompt has no such field. It returns, or its coroutine does, a list, array or tensor with one
     entry a sample: a number, or a list (array, tensor) with a number for each response token, EOS included.
     Raises ValueError, which names the function and the sample, for anything else, and when the function raises.

@@ -22,12 +22,14 @@ MAX_SEQUENCE_LENGTH = 96
 
 @dataclass(frozen=True)
 class Run:
-    """One call of the engine. ``eos`` replaces the tokenizer's EOS token."""
+    """One call of the engine. ``eos`` replaces the tokenizer's EOS token; ``generation_eos_ids`` are what
+    generation_config.json would name beside it."""
 
     requests: tuple[Request, ...]
     sampling: SamplingParams
     num_slots: int
     eos: str | None = None
+    generation_eos_ids: tuple[int, ...] = ()
 
 
 def load_model(directory: Path, tensor_parallel: int, pipeline_parallel: int, **build: Any) -> GPT:
@@ -47,6 +49,7 @@ def generate(directory: Path, cut: tuple[int, int], runs: Sequence[Run], **build
         tokenizer = AutoTokenizer.from_pretrained(directory)
         if run.eos is not None:
             tokenizer.add_special_tokens({"eos_token": run.eos})
+        tokenizer.generation_eos_ids = run.generation_eos_ids
         engine = Engine(model, tokenizer, num_slots=run.num_slots, max_sequence_length=MAX_SEQUENCE_LENGTH)
         results.append(engine.generate(run.requests, run.sampling))
         assert model.training, "the model's mode must be restored"

@@ -1,0 +1,212 @@
+"""Chat messages as people have them, made into what a chat template takes, and rendered by it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_rlhf.data.records import missing_field
+
+# What models think before they answer; a template reads it under one of these names.
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+# A template that takes a tool call's arguments for an object.
+_READS_OBJECTS = re.compile(r"arguments['\"\]]*\s*\|\s*(tojson|items)")
+# Arguments of apply_chat_template that are not the template's.
+_RESERVED = {
+    *("add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents", "messages"),
+    *("max_length", "padding", "truncation", "return_assistant_tokens_mask", "return_dict", "return_tensors"),
+    *("tokenize", "tokenizer_kwargs", "tools"),
+}
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Messages, tools and variables for the chat template of ``tokenizer``. ``where`` begins error messages;
+    ``template`` takes the place of the tokenizer's own."""
+
+    where: str
+    messages: tuple[dict[str, Any], ...]
+    tokenizer: Any
+    tools: tuple[Any, ...] | None
+    variables: Mapping[str, Any]
+    template: str | None = None
+
+    def render(self, messages: Sequence[Mapping[str, Any]], *, prompts: bool = False, continues: bool = False) -> str:
+        """The text of ``messages``, some of the chat's own.
+
+        Args:
+            prompts: with the header of the assistant's next turn behind them.
+            continues: without what closes the last of them, which is the assistant's and goes on.
+
+        Raises:
+            ValueError: the template does not take them.
+        """
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages),
+                tools=None if self.tools is None else list(self.tools),
+                chat_template=self.template,
+                add_generation_prompt=prompts,
+                continue_final_message=continues,
+                tokenize=False,
+                **self.variables,
+            )
+        except Exception as error:  # a template raises what it likes
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"{self.where}: the tokenizer's chat template does not take these messages ({reason})."
+            ) from error
+        return str(text)
+
+    def prompt(self) -> str:
+        """The chat up to where the assistant goes on: in a turn of its own, or in the one that comes last."""
+        is_prefill = self.messages[-1]["role"] == "assistant"
+        return self.render(self.messages, prompts=not is_prefill, continues=is_prefill)
+
+
+def read_chat(where: str, messages: Any, tokenizer: Any, record: Any = None) -> Chat:
+    """A ``Chat`` of people's messages: {"role", "content"} each, where content is text, a list of text parts, or null
+    beside tool calls.
+
+    Args:
+        record: where it is an object, its "tools" and "chat_template_kwargs" go to the template, too.
+
+    Raises:
+        ValueError: begins with ``where``; there is no template, or something that it would not write, or would write
+            as something else.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"{where} is a list of chat messages, and the tokenizer has no chat template: give text, use a tokenizer "
+            'with "chat_template", or name a file with one in data.chat_template.'
+        )
+    if not isinstance(messages, (list, tuple)) or not messages or not all(map(_is_message, messages)):
+        raise ValueError(f'{where} is not a list of chat messages: each must be an object with "role" and "content".')
+    fields = record if isinstance(record, Mapping) else {}
+    tools = _tools(where, fields.get("tools"))
+    try:
+        template = tokenizer.get_chat_template(tools=tools)
+    except ValueError as error:
+        raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
+    if tools is not None and not mentions(template, "tools"):
+        raise ValueError(f'{where} has "tools", which the tokenizer\'s chat template does not write: leave them out.')
+    variables = {**getattr(tokenizer, "chat_template_kwargs", {}), **_variables(where, fields, template)}
+    clean = tuple(_message(f"{where}: message {index}", one, template) for index, one in enumerate(messages))
+    return Chat(where, clean, tokenizer, tools, variables)
+
+
+def mentions(template: str, name: str) -> bool:
+    """Whether a template has ``name`` among its words."""
+    return re.search(rf"\b{re.escape(name)}\b", template) is not None
+
+
+def check_variables(where: str, variables: Any, template: str) -> None:
+    """Raises ValueError where ``variables`` is no mapping of names that the template reads."""
+    if not isinstance(variables, Mapping):
+        raise ValueError(f"{where} is a {type(variables).__name__}, and must be an object of the template's variables.")
+    for name in variables:
+        if name in _RESERVED:
+            raise ValueError(f'{where}: "{name}" is no variable of a chat template: leave it out.')
+        if not mentions(template, str(name)):
+            raise ValueError(f'{where}: the chat template has no variable "{name}": check its name, or leave it out.')
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, Mapping) and isinstance(message.get("role"), str)
+
+
+def _tools(where: str, tools: Any) -> tuple[Any, ...] | None:
+    if isinstance(tools, str):  # as columns of text hold them
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError):
+            raise ValueError(f'{where}: "tools" is text that is not JSON: give a list of tools.') from None
+    if not tools:
+        return None
+    if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise ValueError(f'{where}: "tools" must be a list of objects, each the description of one tool.')
+    return tuple(tools)
+
+
+def _variables(where: str, record: Mapping[str, Any], template: str) -> Mapping[str, Any]:
+    variables = record.get("chat_template_kwargs")
+    if variables is None:
+        return {}
+    check_variables(f'{where}: "chat_template_kwargs"', variables, template)
+    return variables
+
+
+def _message(where: str, message: Mapping[str, Any], template: str) -> dict[str, Any]:
+    clean = {name: value for name, value in message.items() if value is not None}
+    calls = clean.get("tool_calls") or clean.get("function_call")
+    for name in ("tool_calls", "function_call"):
+        if clean.get(name) and not mentions(template, name):
+            raise ValueError(f'{where} has "{name}", which the tokenizer\'s chat template does not write.')
+    if calls and "tool_calls" in clean:
+        clean["tool_calls"] = [_call(where, call, template) for call in clean["tool_calls"]]
+    thoughts = _reasoning(where, clean, template)
+    if "content" not in message and not calls:
+        raise missing_field(where, message, ("content",))
+    content = _content(where, message.get("content"))
+    if not content.strip() and not calls and not thoughts and message["role"] != "system":
+        raise ValueError(f"{where}, of the {message['role']}, is empty: give it text, or leave it out.")
+    if content or "content" in clean or not calls:
+        clean["content"] = content
+    else:
+        clean["content"] = None  # templates ask for it: some write it as a text
+    return clean
+
+
+def _content(where: str, content: Any) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, (list, tuple)):
+        raise ValueError(f'{where}: "content" is a {type(content).__name__}, and must be text, or a list of parts.')
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, Mapping) else part
+        kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
+        if kind not in ("text", "input_text", "output_text"):
+            raise ValueError(f'{where} has a part of type "{kind}", and only text can be read here: leave it out.')
+        if not isinstance(text, str):
+            raise ValueError(f'{where} has a part without text: each must be {{"type": "text", "text": ...}}.')
+        texts.append(text)
+    return "".join(texts)
+
+
+def _call(where: str, call: Any, template: str) -> dict[str, Any]:
+    """A tool call with its arguments as the template writes them: an object, or JSON text. Data has either."""
+    if not isinstance(call, Mapping):
+        raise ValueError(f'{where}: "tool_calls" must be a list of objects.')
+    clean = dict(call)
+    if isinstance(call.get("function"), Mapping):
+        clean["function"] = _call(where, call["function"], template)
+    arguments = call.get("arguments")
+    if not _READS_OBJECTS.search(template):
+        if isinstance(arguments, Mapping):
+            clean["arguments"] = json.dumps(arguments, ensure_ascii=False)
+    elif isinstance(arguments, str):
+        with contextlib.suppress(ValueError, RecursionError):  # otherwise the model writes it as it stands
+            clean["arguments"] = json.loads(arguments)
+    return clean
+
+
+def _reasoning(where: str, message: dict[str, Any], template: str) -> bool:
+    """Whether a message has thoughts; they are put under the name that the template reads."""
+    found = [name for name in _REASONING if isinstance(message.get(name), str) and message[name].strip()]
+    if not found:
+        return False
+    wanted = next((name for name in (*found, *_REASONING) if mentions(template, name)), None)
+    if wanted is None:
+        raise ValueError(
+            f'{where} has "{found[0]}", which the tokenizer\'s chat template does not write: put it into "content" as '
+            "the model writes it, or leave it out."
+        )
+    message[wanted] = message.pop(found[0])
+    return True
