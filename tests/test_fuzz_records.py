@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from nemo_rlhf.cli.data import run_data
-from nemo_rlhf.config.data import DataConfig
+from nemo_rlhf.config.data import DataCommandConfig
 from nemo_rlhf.data.dialogues import read_dialogues
 from nemo_rlhf.data.forms import FORMS
 from nemo_rlhf.data.intake import Intake
@@ -104,7 +104,7 @@ def check(source: Any, purpose: str, num_records: int | None) -> None:
             return
         shown = StringIO()
         try:
-            code = run_data(str(source), DataConfig(), purpose, Console(file=shown))  # type: ignore[arg-type]
+            code = run_data(str(source), DataCommandConfig(), purpose, Console(file=shown))  # type: ignore[arg-type]
         except ValueError as error:
             assert "\n" not in str(error) and str(error)
         else:

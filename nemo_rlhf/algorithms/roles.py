@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nemo_rlhf.config.schema import ModelConfig, PPOModelConfig, RecordsConfig
+from nemo_rlhf.config.schema import DataConfig, ModelConfig, PPOModelConfig
 from nemo_rlhf.convert.load import HEADS, init_heads, load_weights, open_source
 from nemo_rlhf.convert.locate import TOKENIZER, read_architecture, resolve_restore_from, tokenizer_directory
 from nemo_rlhf.convert.source import RandomSource
@@ -19,7 +19,7 @@ from nemo_rlhf.parallel import checkpoint
 Role = TypeVar("Role", bound=MegatronModel)
 
 
-def open_tokenizer(config: ModelConfig, data: RecordsConfig | None = None) -> tuple[Any, Path]:
+def open_tokenizer(config: ModelConfig, data: DataConfig | None = None) -> tuple[Any, Path]:
     """The tokenizer that ``model.tokenizer`` or ``model.restore_from`` names, with the chat template of ``data``, and
     its directory.
 

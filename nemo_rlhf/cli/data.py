@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from nemo_rlhf.cli.samples import visible
-from nemo_rlhf.config.data import DataConfig
+from nemo_rlhf.config.data import DataCommandConfig
 from nemo_rlhf.data.files import locate_records
 from nemo_rlhf.data.forms import Purpose, purpose_of
 from nemo_rlhf.data.intake import WHAT, Intake
@@ -38,7 +38,7 @@ class Seen:
     first: list[Shown] = field(default_factory=list)
 
 
-def run_data(file: str, config: DataConfig, purpose: Purpose | None, console: Console) -> int:
+def run_data(file: str, config: DataCommandConfig, purpose: Purpose | None, console: Console) -> int:
     """Say on ``console`` what ``file`` holds for ``purpose`` (None: what its first record is good for); the exit code.
 
     Raises:
@@ -177,7 +177,7 @@ def _checked(where: str, what: str, text: Any, *, may_be_empty: bool = False) ->
     return text
 
 
-def _in_tokens(file: str, purpose: Purpose, intake: Intake, config: DataConfig) -> Seen:
+def _in_tokens(file: str, purpose: Purpose, intake: Intake, config: DataCommandConfig) -> Seen:
     """The same as training reads it: its readers, with the tokenizer."""
     from nemo_rlhf.data.dialogues import read_dialogues
     from nemo_rlhf.data.pairs import read_pairs

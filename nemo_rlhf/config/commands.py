@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nemo_rlhf.config.data import DataConfig
+from nemo_rlhf.config.data import DataCommandConfig
 from nemo_rlhf.config.plan import PlanConfig
 from nemo_rlhf.config.schema import (
     Config,
@@ -16,7 +16,7 @@ from nemo_rlhf.config.schema import (
 )
 from nemo_rlhf.config.slurm import SlurmConfig
 
-COMMANDS: dict[str, type[Config] | type[DataConfig] | type[PlanConfig] | type[SlurmConfig]] = {
+COMMANDS: dict[str, type[Config] | type[DataCommandConfig] | type[PlanConfig] | type[SlurmConfig]] = {
     "ppo": PPOConfig,
     "sft": SFTConfig,
     "ilql": ILQLConfig,
@@ -24,7 +24,7 @@ COMMANDS: dict[str, type[Config] | type[DataConfig] | type[PlanConfig] | type[Sl
     "reward": RewardModelConfig,
     "generate": GenerateConfig,
     "serve-reward": ServeRewardConfig,
-    "data": DataConfig,
+    "data": DataCommandConfig,
     "plan": PlanConfig,
     "slurm": SlurmConfig,
 }

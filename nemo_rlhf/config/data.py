@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from nemo_rlhf.config.schema import RecordsConfig
+from nemo_rlhf.config.schema import DataConfig
 
 
 @dataclass
@@ -14,14 +14,14 @@ class TokenizerOfConfig:
 
 
 @dataclass
-class ReadDataConfig(RecordsConfig):
+class ReadDataConfig(DataConfig):
     max_prompt_length: int = 1024  # tokens; a longer prompt is an error
     max_sequence_length: int = 2048  # tokens of prompt and response
     train_on: str = "response"  # tokens that are learned in SFT: "response" | "all"
 
 
 @dataclass
-class DataConfig:
+class DataCommandConfig:
     """Configuration of ``nemo-rlhf data``."""
 
     model: TokenizerOfConfig = field(default_factory=TokenizerOfConfig)

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_rlhf.config.commands import COMMANDS
-from nemo_rlhf.config.data import DataConfig
+from nemo_rlhf.config.data import DataCommandConfig
 from nemo_rlhf.config.keys import expected, nearest_key, schema_keys
 from nemo_rlhf.config.plan import PlanConfig
 from nemo_rlhf.config.schema import (
@@ -92,7 +92,7 @@ def load(
 @overload
 def load(
     command: Literal["data"], overrides: Sequence[str] = (), *, config_file: ConfigFile = None, supplied: Supplied = ()
-) -> DataConfig: ...
+) -> DataCommandConfig: ...
 @overload
 def load(
     command: Literal["plan"], overrides: Sequence[str] = (), *, config_file: ConfigFile = None, supplied: Supplied = ()
@@ -104,10 +104,10 @@ def load(
 @overload
 def load(
     command: str, overrides: Sequence[str] = (), *, config_file: ConfigFile = None, supplied: Supplied = ()
-) -> Config | DataConfig | PlanConfig | SlurmConfig: ...
+) -> Config | DataCommandConfig | PlanConfig | SlurmConfig: ...
 def load(
     command: str, overrides: Sequence[str] = (), *, config_file: ConfigFile = None, supplied: Supplied = ()
-) -> Config | DataConfig | PlanConfig | SlurmConfig:
+) -> Config | DataCommandConfig | PlanConfig | SlurmConfig:
     """The configuration of ``command`` ("ppo", "sft", "ilql", "rft", "reward", "generate", "serve-reward", "data",
     "plan" or "slurm"), in its class.
 

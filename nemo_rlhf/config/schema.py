@@ -183,8 +183,8 @@ class GenerationConfig(SamplingConfig):
 
 
 @dataclass
-class RecordsConfig:
-    """What holds of every file of records, whatever it is for."""
+class DataConfig:
+    """What every command that reads data knows."""
 
     fields: dict[str, str] = field(default_factory=dict)  # {prompt: question}: what the files call a field of ours
     on_error: str = "stop"  # records that cannot be used: "stop" names them all | "skip" leaves them out, counted
@@ -193,7 +193,7 @@ class RecordsConfig:
 
 
 @dataclass
-class PPODataConfig(RecordsConfig):
+class PPODataConfig(DataConfig):
     prompts: str | None = None  # file of prompts (docs/data.md)
     validation_prompts: str | None = None  # the same; null: no validation
     max_prompt_length: int = 1024  # tokens; a longer prompt is an error
@@ -201,7 +201,7 @@ class PPODataConfig(RecordsConfig):
 
 
 @dataclass
-class SFTDataConfig(RecordsConfig):
+class SFTDataConfig(DataConfig):
     train: str | None = MISSING  # file of records (docs/data.md)
     validation: str | None = None  # the same; null: no validation
     max_sequence_length: int = 2048  # tokens of prompt and response
@@ -238,7 +238,7 @@ class RFTAlgorithmConfig:
 
 
 @dataclass
-class ILQLDataConfig(RecordsConfig):
+class ILQLDataConfig(DataConfig):
     train: str | None = MISSING  # file of records (docs/data.md): scored dialogues
     validation: str | None = None  # the same, for the validation loss; null: none
     validation_prompts: str | None = None  # prompts to sample from in validation; null: none
@@ -255,7 +255,7 @@ class RewardModelAlgorithmConfig:
 
 
 @dataclass
-class RewardDataConfig(RecordsConfig):
+class RewardDataConfig(DataConfig):
     train: str | None = MISSING  # file of records (docs/data.md): compared or scored responses
     validation: str | None = None  # the same; null: no validation
     max_sequence_length: int = 2048  # tokens of prompt and response; longer examples are left out
@@ -263,7 +263,7 @@ class RewardDataConfig(RecordsConfig):
 
 
 @dataclass
-class GenerateDataConfig(RecordsConfig):
+class GenerateDataConfig(DataConfig):
     prompts: str | None = MISSING  # file of prompts (docs/data.md)
     max_prompt_length: int = 1024  # tokens; a longer prompt is an error
 

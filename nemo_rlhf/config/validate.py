@@ -11,7 +11,7 @@ from collections.abc import Collection
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_rlhf.config.commands import ALTERNATIVES, REQUIRED
-from nemo_rlhf.config.data import DataConfig
+from nemo_rlhf.config.data import DataCommandConfig
 from nemo_rlhf.config.environment import check_environment
 from nemo_rlhf.config.plan import PlanConfig, check_plan
 from nemo_rlhf.config.rules import (
@@ -190,7 +190,7 @@ def require_keys(node: DictConfig, command: str, supplied: Collection[str] = ())
             raise ValueError(f"{key} is set in the configuration and given in Python too: keep one of them.")
 
 
-def validate(cfg: Config | DataConfig | PlanConfig | SlurmConfig) -> None:
+def validate(cfg: Config | DataCommandConfig | PlanConfig | SlurmConfig) -> None:
     """Raises ValueError for the first rule that ``cfg`` breaks; warns of what is allowed but rarely meant."""
     if isinstance(cfg, PlanConfig):
         check_plan(cfg)
@@ -200,7 +200,7 @@ def validate(cfg: Config | DataConfig | PlanConfig | SlurmConfig) -> None:
         return
     check_ranges(cfg)
     check_choices(cfg)
-    if isinstance(cfg, DataConfig):
+    if isinstance(cfg, DataCommandConfig):
         return
     check_sampling(cfg)
     check_world_size(cfg)
@@ -244,14 +244,14 @@ def data_parallel_size(cfg: Config) -> int:
     return world_size // (model.tensor_model_parallel_size * model.pipeline_model_parallel_size)
 
 
-def check_ranges(cfg: Config | DataConfig) -> None:
+def check_ranges(cfg: Config | DataCommandConfig) -> None:
     for key, (words, holds) in RANGES.items():
         value = value_of(cfg, key)
         if value is not None and not holds(value):
             raise ValueError(f"{key}={value} is out of range: it must be {words}.")
 
 
-def check_choices(cfg: Config | DataConfig) -> None:
+def check_choices(cfg: Config | DataCommandConfig) -> None:
     for key, choices in CHOICES.items():
         if not has_key(cfg, key) or value_of(cfg, key) in choices:
             continue
