@@ -51,8 +51,9 @@ class _Steps(torch.utils.data.IterableDataset):
 
 class Algorithm(LightningModule):
     """``completed_steps``: steps done, over all resumptions; ``metrics``: those of the last one; ``unvalidated``: those
-    of a step that is done and whose validation could not be; ``origin``: what the run is made from, which checkpoints
-    keep; ``gradient_norms``: of every update of the step, by the role that learned."""
+    of a step that is done and whose validation could not be; ``constants``: metrics that are the same at every step;
+    ``origin``: what the run is made from, which checkpoints keep; ``gradient_norms``: of every update of the step, by
+    the role that learned."""
 
     def __init__(
         self, run_dir: Path, max_steps: int, val_check_interval: int, tokenizer: Any, tokenizer_dir: Path
@@ -67,6 +68,7 @@ class Algorithm(LightningModule):
         self.origin: dict[str, Any] = {}
         self.gradient_norms: dict[str, list[float]] = {}
         self._still: set[str] = set()  # roles of which it was said that they learned nothing
+        self.constants: Metrics = {}
 
     @abstractmethod
     def run_step(self, step: int) -> Metrics:
@@ -145,6 +147,7 @@ class Algorithm(LightningModule):
         metrics = self.run_step(step)
         device.synchronize()
         metrics["time/total_s"] = time.perf_counter() - start
+        metrics |= self.constants
         metrics["memory/peak_mib"] = float(state.max_over_data_parallel(torch.tensor(device.peak_memory_mib())))
         self._tell_of_no_gradients(step + 1)
         return metrics

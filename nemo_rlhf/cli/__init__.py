@@ -110,7 +110,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         sub.add_argument("--config", metavar="FILE", help="yaml file laid over the defaults, yours or a shipped one")
     generate = command("generate", "responses of a model to a file of prompts", help_text.GENERATE, _generate)
     generate.add_argument("checkpoint", metavar="CKPT_DIR", help="Megatron checkpoint or Hugging Face directory")
-    generate.add_argument("--prompts", metavar="FILE", required=True, help="jsonl file or datasets directory")
+    generate.add_argument("--prompts", metavar="FILE", required=True, help="file of prompts")
     generate.add_argument("--out", metavar="FILE", required=True, help="jsonl file to write")
     serve = command("serve-reward", "a reward model that answers over HTTP", help_text.SERVE_REWARD, _serve_reward)
     serve.add_argument("checkpoint", metavar="CKPT_DIR", help="reward model: Megatron checkpoint or Hugging Face")
@@ -120,9 +120,17 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     plan.add_argument(
         "--write", type=expanduser, metavar="FILE", help="yaml file for the --config of the command that is planned for"
     )
+    data = command("data", "what a file of records holds, and what is learned from it", help_text.DATA, _data)
+    data.add_argument("file", type=expanduser, metavar="FILE", help="file, pattern, datasets directory or hub name")
+    data.add_argument(
+        "--for",
+        dest="purpose",
+        choices=["sft", "prompts", "pairs", "scores", "dialogues"],
+        help="what it is meant for (default: what its first record is good for)",
+    )
     slurm = command("slurm", "the job script of a command, for SLURM", help_text.SLURM, _slurm)
     _slurm_arguments(slurm)
-    with_overrides = {**training, "generate": generate, "serve-reward": serve, "plan": plan}
+    with_overrides = {**training, "generate": generate, "serve-reward": serve, "plan": plan, "data": data}
     for sub in with_overrides.values():
         sub.add_argument("overrides", metavar="key=value", nargs="*", help="configuration keys, as in Hydra")
 
@@ -225,6 +233,15 @@ def _plan(options: argparse.Namespace) -> int:
     cfg = load("plan", options.overrides, config_file=options.config)
     print(run_plan(cfg, options.top, options.write and Path(options.write)), end="")
     return EXIT_DONE
+
+
+def _data(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from nemo_rlhf.cli.data import run_data
+    from nemo_rlhf.config import load
+
+    return run_data(options.file, load("data", options.overrides), options.purpose, Console(highlight=False))
 
 
 def _slurm(options: argparse.Namespace) -> int:

@@ -154,7 +154,7 @@ def _serve(store: Store, options: argparse.Namespace) -> int:
 
 
 def _import(store: Store, options: argparse.Namespace) -> int:
-    from nemo_rlhf.data.records import read_records
+    from nemo_rlhf.data.files import read_records
     from nemo_rlhf.feedback.exchange import import_pairs
     from nemo_rlhf.feedback.given import read_pair
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nemo_rlhf.algorithms.base import Algorithm
 from nemo_rlhf.algorithms.evaluate import sample
 from nemo_rlhf.algorithms.ilql import ILQL, ILQLInputs
 from nemo_rlhf.algorithms.play import Environment, play
@@ -34,13 +35,15 @@ from nemo_rlhf.config.schema import (
     RewardModelConfig,
     RFTConfig,
     SFTConfig,
+    TrainingConfig,
 )
 from nemo_rlhf.config.sources import read_sources
 from nemo_rlhf.convert.locate import read_architecture
 from nemo_rlhf.data.dialogues import read_dialogues, standardise
+from nemo_rlhf.data.files import Source
+from nemo_rlhf.data.intake import Intake
 from nemo_rlhf.data.pairs import read_pairs
 from nemo_rlhf.data.prompts import read_prompts, share_fields
-from nemo_rlhf.data.records import Source
 from nemo_rlhf.data.scores import read_scores
 from nemo_rlhf.data.texts import read_texts
 from nemo_rlhf.generation.engine import Engine
@@ -76,13 +79,15 @@ def run_ppo(
         env = load_function(config.environment.function, "environment.function")
     if env is None:
         store = open_store(config)
-        online = _online(config, reward_fn, prompts, validation_prompts, metric_fn)
+        intake = _intake(config)
+        online = _online(config, intake, reward_fn, prompts, validation_prompts, metric_fn)
         inputs = PPOInputs(**online, store=store, stopping=stop.noted)
     else:
+        intake = Intake()
         begin(config.model, config.trainer, config.seed)
         tokenizer, tokenizer_dir = open_tokenizer(config.model, config.data)
         inputs = PPOInputs(tokenizer, tokenizer_dir, env=env, metric_fn=metric_fn)
-    return fit(PPO(config, inputs), config, *_made_of(inputs))
+    return fit(_counted(PPO(config, inputs), intake), config, *_made_of(inputs))
 
 
 def run_rft(
@@ -94,8 +99,9 @@ def run_rft(
     metric_fn: Callable[..., dict[str, Any]] | None = None,
 ) -> int:
     """Run RFT; as ``run_ppo``."""
-    inputs = RFTInputs(**_online(config, reward_fn, prompts, validation_prompts, metric_fn))
-    return fit(RFT(config, inputs), config, *_made_of(inputs))
+    intake = _intake(config)
+    inputs = RFTInputs(**_online(config, intake, reward_fn, prompts, validation_prompts, metric_fn))
+    return fit(_counted(RFT(config, inputs), intake), config, *_made_of(inputs))
 
 
 def _made_of(inputs: PPOInputs | RFTInputs) -> tuple[Data, Code]:
@@ -105,8 +111,26 @@ def _made_of(inputs: PPOInputs | RFTInputs) -> tuple[Data, Code]:
     return data, {**sources, **environment, "metric function": inputs.metric_fn}
 
 
+def _intake(config: TrainingConfig | GenerateConfig) -> Intake:
+    return Intake(config.data.fields, config.data.on_error)  # type: ignore[arg-type]
+
+
+def _counted(algorithm: Algorithm, intake: Intake) -> Algorithm:
+    """The algorithm with what was left out of its data among its metrics."""
+    if intake.on_error == "skip":
+        algorithm.constants["data/skipped"] = float(len(intake.refused))
+    return algorithm
+
+
+def _read(reader: Callable[..., Any], given: Source | None, configured: str | None, *how: Any, **more: Any) -> Any:
+    """What ``reader`` makes of the records given in Python, or else of those that the configuration names."""
+    source = configured if given is None else given
+    return () if source is None else reader(source, *how, **more)
+
+
 def _online(
     config: PPOConfig | RFTConfig,
+    intake: Intake,
     reward_fn: RewardFunction | None,
     prompts: Source | None,
     validation_prompts: Source | None,
@@ -117,12 +141,10 @@ def _online(
     begin(config.model, config.trainer, config.seed)
     tokenizer, tokenizer_dir = open_tokenizer(config.model, config.data)
 
-    def read(source: Source | None) -> Any:
-        return read_prompts(source, tokenizer, config.data.max_prompt_length) if source is not None else ()
-
+    how = (tokenizer, config.data.max_prompt_length)
     training, validation = share_fields(
-        read(prompts if prompts is not None else config.data.prompts),
-        read(validation_prompts if validation_prompts is not None else config.data.validation_prompts),
+        _read(read_prompts, prompts, config.data.prompts, *how, intake=intake),
+        _read(read_prompts, validation_prompts, config.data.validation_prompts, *how, intake=intake),
     )
     return {
         "tokenizer": tokenizer,
@@ -147,17 +169,11 @@ def run_sft(config: SFTConfig, *, train: Source | None = None, validation: Sourc
     begin(config.model, config.trainer, config.seed)
     tokenizer, tokenizer_dir = open_tokenizer(config.model, config.data)
 
-    data = config.data
-
-    def read(source: Source | None, top_percent: float = 100.0) -> Any:
-        if source is None:
-            return ()
-        limit, train_on = data.max_sequence_length, data.train_on
-        return read_texts(source, tokenizer, limit, train_on, top_percent=top_percent)  # type: ignore[arg-type]
-
-    texts = read(train if train is not None else data.train, data.top_percent)
-    validation_texts = read(validation if validation is not None else data.validation)
-    algorithm = SFT(config, tokenizer, tokenizer_dir, texts, validation_texts)
+    data, intake = config.data, _intake(config)
+    how = (tokenizer, data.max_sequence_length, data.train_on)
+    texts = _read(read_texts, train, data.train, *how, top_percent=data.top_percent, intake=intake)
+    validation_texts = _read(read_texts, validation, data.validation, *how, intake=intake)
+    algorithm = _counted(SFT(config, tokenizer, tokenizer_dir, texts, validation_texts), intake)
     return fit(algorithm, config, {"training": texts, "validation": validation_texts}, {})
 
 
@@ -176,31 +192,29 @@ def run_ilql(
         reward_fn = load_function(config.reward.function)
     begin(config.model, config.trainer, config.seed)
     tokenizer, tokenizer_dir = open_tokenizer(config.model, config.data)
-    data = config.data
-
-    def read(source: Source | None, given: Sequence[Any] | None = None) -> Any:
-        if source is None:
-            return ()
-        limit, too_long = data.max_sequence_length, data.too_long
-        return read_dialogues(source, tokenizer, limit, rewards=given, too_long=too_long)  # type: ignore[arg-type]
-
-    dialogues, held_out = read(train if train is not None else data.train, rewards), read(data.validation)
+    data, intake = config.data, _intake(config)
+    how: dict[str, Any] = {"too_long": data.too_long, "intake": intake}
+    limit = data.max_sequence_length
+    dialogues = _read(read_dialogues, train, data.train, tokenizer, limit, rewards=rewards, **how)
+    held_out = _read(read_dialogues, None, data.validation, tokenizer, limit, **how)
     if data.standardise_rewards:
         dialogues, held_out = standardise(dialogues, held_out)
-    prompts = validation_prompts if validation_prompts is not None else data.validation_prompts
+    limit = data.max_prompt_length
+    prompts = _read(read_prompts, validation_prompts, data.validation_prompts, tokenizer, limit, intake=intake)
     inputs = ILQLInputs(
         tokenizer=tokenizer,
         tokenizer_dir=tokenizer_dir,
         dialogues=dialogues,
         validation_dialogues=held_out,
-        validation_prompts=() if prompts is None else read_prompts(prompts, tokenizer, data.max_prompt_length),
+        validation_prompts=prompts,
         reward_fn=reward_fn,
         metric_fn=metric_fn,
         logit_mask=None if logit_mask is None else torch.as_tensor(logit_mask),
     )
     held_out = [*held_out, *inputs.validation_prompts]
     code = {"reward function": reward_fn, "metric function": metric_fn}
-    return fit(ILQL(config, inputs), config, {"training": dialogues, "validation": held_out}, code)
+    algorithm = _counted(ILQL(config, inputs), intake)
+    return fit(algorithm, config, {"training": dialogues, "validation": held_out}, code)
 
 
 def run_reward(config: RewardModelConfig) -> int:
@@ -209,10 +223,10 @@ def run_reward(config: RewardModelConfig) -> int:
     tokenizer, tokenizer_dir = open_tokenizer(config.model, config.data)
     regression = config.reward_model.loss == "regression"
     kind, read = (ScoreTraining, read_scores) if regression else (PairTraining, read_pairs)
-    limit, data = config.data.max_sequence_length, config.data
-    examples: Any = read(str(data.train), tokenizer, limit)
-    held_out: Any = read(data.validation, tokenizer, limit) if data.validation else ()
-    algorithm = kind(config, tokenizer, tokenizer_dir, examples, held_out)
+    limit, data, intake = config.data.max_sequence_length, config.data, _intake(config)
+    examples = _read(read, None, data.train, tokenizer, limit, intake=intake)
+    held_out = _read(read, None, data.validation, tokenizer, limit, intake=intake)
+    algorithm = _counted(kind(config, tokenizer, tokenizer_dir, examples, held_out), intake)
     return fit(algorithm, config, {"training": examples, "validation": held_out}, {})
 
 
@@ -220,7 +234,8 @@ def run_generate(config: GenerateConfig) -> int:
     """Write one response for each prompt to ``config.out``, as jsonl in the order of the prompts."""
     begin(config.model, config.trainer, 0)
     tokenizer, _ = open_tokenizer(ModelConfig(**vars(config.model)), config.data)
-    prompts = read_prompts(str(config.data.prompts), tokenizer, config.data.max_prompt_length)
+    limit = config.data.max_prompt_length
+    prompts = read_prompts(str(config.data.prompts), tokenizer, limit, intake=_intake(config))
     model = _open_sampler(config)
     longest = model.architecture.max_position_embeddings
     engine = Engine(model.gpt, tokenizer, num_slots=config.generation.num_slots, max_sequence_length=longest)

@@ -182,4 +182,6 @@ def write_config(run_dir: Path, text: str) -> None:
     if path.exists() and path.read_text() != text:
         number = next(n for n in range(1, 10**9) if not (run_dir / f"config_{n}.yaml").exists())
         path.rename(run_dir / f"config_{number}.yaml")
-    write_private(path, text)
+    partial_file = path.with_suffix(".partial")
+    write_private(partial_file, text)
+    partial_file.replace(path)

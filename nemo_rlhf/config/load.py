@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_rlhf.config.commands import COMMANDS
+from nemo_rlhf.config.data import DataCommandConfig
 from nemo_rlhf.config.dumping import note_interpolations, refuse_masks
 from nemo_rlhf.config.keys import expected, schema_keys
 from nemo_rlhf.config.overrides import COMMAND_LINE, exists, is_section, literal, read_override, unknown_key
@@ -92,6 +93,10 @@ def load(
 ) -> ServeRewardConfig: ...
 @overload
 def load(
+    command: Literal["data"], overrides: Sequence[str] = (), *, config_file: ConfigFile = None, supplied: Supplied = ()
+) -> DataCommandConfig: ...
+@overload
+def load(
     command: Literal["plan"], overrides: Sequence[str] = (), *, config_file: ConfigFile = None, supplied: Supplied = ()
 ) -> PlanConfig: ...
 @overload
@@ -111,7 +116,7 @@ def load(
     config_file: ConfigFile = None,
     supplied: Supplied = (),
     absolute: bool = True,
-) -> Config | PlanConfig | SlurmConfig: ...
+) -> Config | DataCommandConfig | PlanConfig | SlurmConfig: ...
 def load(
     command: str,
     overrides: Sequence[str] = (),
@@ -119,9 +124,9 @@ def load(
     config_file: ConfigFile = None,
     supplied: Supplied = (),
     absolute: bool = True,
-) -> Config | PlanConfig | SlurmConfig:
-    """The configuration of ``command`` ("ppo", "sft", "ilql", "rft", "reward", "generate", "serve-reward", "plan" or
-    "slurm"), in its class.
+) -> Config | DataCommandConfig | PlanConfig | SlurmConfig:
+    """The configuration of ``command`` ("ppo", "sft", "ilql", "rft", "reward", "generate", "serve-reward", "data",
+    "plan" or "slurm"), in its class.
 
     ``overrides`` are Hydra's ``key=value``, and ``model=llama3-70b`` takes a file of the group ``conf/model``;
     ``config_file`` is a yaml file of the user, or the name of a shipped one (``examples/llama3_8b_ppo``); ``supplied``

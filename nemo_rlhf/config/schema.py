@@ -188,13 +188,15 @@ class GenerationConfig(SamplingConfig):
 class DataConfig:
     """What every command that reads data knows."""
 
+    fields: dict[str, str] = field(default_factory=dict)  # {prompt: question}: what the files call a field of ours
+    on_error: str = "stop"  # records that cannot be used: "stop" names them all | "skip" leaves them out, counted
     chat_template: str | None = None  # a file with a Jinja template, in place of the tokenizer's; kept in checkpoints
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # variables of the template, of every chat
 
 
 @dataclass
 class PPODataConfig(DataConfig):
-    prompts: str | None = None  # jsonl file or `datasets` directory
+    prompts: str | None = None  # file of prompts (docs/data.md)
     validation_prompts: str | None = None  # the same; null: no validation
     max_prompt_length: int = 1024  # tokens; a longer prompt is an error
     shuffle: bool = True  # a new order every epoch, from `seed`
@@ -202,7 +204,7 @@ class PPODataConfig(DataConfig):
 
 @dataclass
 class SFTDataConfig(DataConfig):
-    train: str | None = MISSING  # jsonl file or `datasets` directory
+    train: str | None = MISSING  # file of records (docs/data.md)
     validation: str | None = None  # the same; null: no validation
     max_sequence_length: int = 2048  # tokens of prompt and response
     train_on: str = "response"  # tokens that are learned: "response" | "all"
@@ -240,7 +242,7 @@ class RFTAlgorithmConfig:
 
 @dataclass
 class ILQLDataConfig(DataConfig):
-    train: str | None = MISSING  # jsonl file or `datasets` directory of scored dialogues
+    train: str | None = MISSING  # file of records (docs/data.md): scored dialogues
     validation: str | None = None  # the same, for the validation loss; null: none
     validation_prompts: str | None = None  # prompts to sample from in validation; null: none
     max_sequence_length: int = 2048  # tokens of a dialogue
@@ -257,7 +259,7 @@ class RewardModelAlgorithmConfig:
 
 @dataclass
 class RewardDataConfig(DataConfig):
-    train: str | None = MISSING  # jsonl file or `datasets` directory of compared or scored responses
+    train: str | None = MISSING  # file of records (docs/data.md): compared or scored responses
     validation: str | None = None  # the same; null: no validation
     max_sequence_length: int = 2048  # tokens of prompt and response; longer examples are left out
     shuffle: bool = True  # a new order every epoch, from `seed`
@@ -265,7 +267,7 @@ class RewardDataConfig(DataConfig):
 
 @dataclass
 class GenerateDataConfig(DataConfig):
-    prompts: str | None = MISSING  # jsonl file or `datasets` directory
+    prompts: str | None = MISSING  # file of prompts (docs/data.md)
     max_prompt_length: int = 1024  # tokens; a longer prompt is an error
 
 

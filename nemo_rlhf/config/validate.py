@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_rlhf.config.changes import check_allow_changes
 from nemo_rlhf.config.commands import ALTERNATIVES, REQUIRED
+from nemo_rlhf.config.data import DataCommandConfig
 from nemo_rlhf.config.environment import check_environment
 from nemo_rlhf.config.plan import PlanConfig, check_plan
 from nemo_rlhf.config.rules import (
@@ -156,6 +157,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "reward_model.loss": ("bradley_terry", "regression"),
     "data.train_on": ("response", "all"),
     "data.too_long": ("truncate", "refuse"),
+    "data.on_error": ("stop", "skip"),
 }
 
 
@@ -191,7 +193,7 @@ def require_keys(node: DictConfig, command: str, supplied: Collection[str] = ())
             raise ValueError(f"{key} is set in the configuration and given in Python too: keep one of them.")
 
 
-def validate(cfg: Config | PlanConfig | SlurmConfig) -> None:
+def validate(cfg: Config | DataCommandConfig | PlanConfig | SlurmConfig) -> None:
     """Raises ValueError for the first rule that ``cfg`` breaks; warns of what is allowed but rarely meant."""
     if isinstance(cfg, PlanConfig):
         check_plan(cfg)
@@ -201,6 +203,8 @@ def validate(cfg: Config | PlanConfig | SlurmConfig) -> None:
         return
     check_ranges(cfg)
     check_choices(cfg)
+    if isinstance(cfg, DataCommandConfig):
+        return
     check_sampling(cfg)
     check_world_size(cfg)
     check_expert_parallel(cfg)
@@ -244,14 +248,14 @@ def data_parallel_size(cfg: Config) -> int:
     return world_size // (model.tensor_model_parallel_size * model.pipeline_model_parallel_size)
 
 
-def check_ranges(cfg: Config) -> None:
+def check_ranges(cfg: Config | DataCommandConfig) -> None:
     for key, (words, holds) in RANGES.items():
         value = value_of(cfg, key)
         if value is not None and not holds(value):
             raise ValueError(f"{key}={value} is out of range: it must be {words}.")
 
 
-def check_choices(cfg: Config) -> None:
+def check_choices(cfg: Config | DataCommandConfig) -> None:
     for key, choices in CHOICES.items():
         if not has_key(cfg, key) or value_of(cfg, key) in choices:
             continue
