@@ -448,6 +448,8 @@ def test_the_configuration_of_every_start_is_kept(runs: dict[str, dict[str, Any]
     assert [path.name for path in kept] == ["config.yaml", "config_1.yaml", "config_2.yaml", "config_3.yaml"]
     steps = [yaml.safe_load(path.read_text())["trainer"]["max_steps"] for path in kept]
     assert steps == [3, 1, 2, 2]  # the last one; a start that changes nothing and those that were refused left none
+    # nor do refused starts move the logs of those before aside: five went on
+    assert len(list((place / "sft" / "logs").glob("run_*"))) == 4
 
 
 def test_only_one_of_two_starts_goes_on(tiny: Tiny, tmp_path: Path) -> None:

@@ -83,6 +83,9 @@ def _fit_alone(algorithm: Algorithm, config: TrainingConfig) -> int:
             f"{run_dir} holds checkpoints of an earlier run: set exp_manager.resume_if_exists=true to continue it, or "
             f"choose another exp_manager.explicit_log_dir."
         )
+    resume = newest_whole_checkpoint(run_dir) if config.exp_manager.resume_if_exists else None
+    if resume is not None:
+        check_resumption(config, algorithm.origin, resume)
     metrics = JsonlLogger(run_dir)
     stopping = StopSignals()
     saving = config.exp_manager.checkpoint_callback_params
@@ -107,9 +110,6 @@ def _fit_alone(algorithm: Algorithm, config: TrainingConfig) -> int:
     )
     _add_loggers(trainer, run_dir, config.exp_manager)
     trainer.loggers = [metrics, *trainer.loggers]
-    resume = newest_whole_checkpoint(run_dir) if config.exp_manager.resume_if_exists else None
-    if resume is not None:
-        check_resumption(config, algorithm.origin, resume)
     remove_unfinished(run_dir)
     done = int(resume.name.removeprefix("step_")) if resume else -1
     metrics.rewind(done)
