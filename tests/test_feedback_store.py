@@ -20,7 +20,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import text
 
-from nemo_rlhf.feedback.accounts import accounts, invite, revoke, sign_in, signed_in, without_access
+from nemo_rlhf.feedback.accounts import accounts, invite, revoke, sign_in, sign_out, signed_in, without_access
 from nemo_rlhf.feedback.database import VERSION_TABLE
 from nemo_rlhf.feedback.desk import Desk
 from nemo_rlhf.feedback.records import MAX_TEXT, Lease, NewTask, Refresh, TooLate
@@ -199,7 +199,20 @@ def test_expired_leases_and_late_answers(store: Store) -> None:
         ben.answer(other.token, "left", 1.0)
     with pytest.raises(TooLate):
         ann.answer(taken.token, "left", 1.0)  # another's token
-    for token in ["", "x", "1", "-", "1-x", "99999-x", "9" * 40 + "-x", "１-x", "1' OR '1'='1"]:
+    for token in [
+        "",
+        "x",
+        "1",
+        "-",
+        "1-x",
+        "99999-x",
+        "9" * 40 + "-x",
+        "2147483647-x",
+        "2147483648-x",
+        "9999999999-x",
+        "１-x",
+        "1' OR '1'='1",
+    ]:
         with pytest.raises(TooLate):
             ann.answer(token, "left", 1.0)
     for choice, seconds, note in [
@@ -427,6 +440,20 @@ def test_migrations_give_the_tables(store: Store) -> None:
     with store.database.read() as connection:
         context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE, "compare_type": True})
         assert compare_metadata(context, Base.metadata) == []
+
+
+def test_a_store_of_the_first_version_is_brought_up_to_date(store: Store, store_url: str) -> None:
+    run_id = store.run("old", create=True)
+    token = invite(store, run_id, "ada")
+    with store.database.write() as connection:
+        connection.execute(text("ALTER TABLE annotators DROP COLUMN sign_outs"))
+        connection.execute(text(f"UPDATE {VERSION_TABLE} SET version_num = '0001'"))
+    again = Store.open(store_url)
+    account = sign_in(again, run_id, token)
+    assert account is not None and signed_in(again, run_id, account.id, account.token_id) == account
+    sign_out(again, account)
+    assert signed_in(again, run_id, account.id, account.token_id) is None
+    again.close()
 
 
 def test_a_newer_store_is_refused(store: Store, store_url: str) -> None:

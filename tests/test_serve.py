@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nemo_rlhf.cli import reward_connections, reward_server
 from nemo_rlhf.cli.reward_server import RewardServer
 from nemo_rlhf.config import load
 from nemo_rlhf.config.server import ServerConfig
@@ -154,6 +156,91 @@ def test_what_is_refused_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ask(server.url, samples("a"), **allowed)[0] == 200, "it must have outlived all that"
 
 
+def speak(url: str, said: bytes) -> bytes:
+    """What comes back until the server ends the connection, which it must do."""
+    host, port = url.split("/")[2].rsplit(":", 1)
+    with socket.create_connection((host, int(port)), timeout=20) as peer:
+        peer.sendall(said)
+        heard = b""
+        with suppress(ConnectionError):
+            while piece := peer.recv(1 << 16):
+                heard += piece
+        return heard
+
+
+def test_a_request_has_one_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that a proxy may take for a body, or for the next request, is answered as the other."""
+    monkeypatch.setenv(TOKEN, "secret")
+    monkeypatch.setattr(reward_connections, "_LINGER_S", 0.1)
+    body = json.dumps(samples("a")).encode()
+    hidden = b"POST /score HTTP/1.1\r\nAuthorization: Bearer secret\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+    post = b"POST /score HTTP/1.1\r\nHost: x\r\n"
+    length = b"Content-Length: %d\r\n" % len(hidden)
+    heads = {
+        post + b"Transfer-Encoding: chunked\r\n" + length: b"400",
+        post + b"Transfer-Encoding:\x0bchunked\r\n" + length: b"400",
+        post + b"Content-Length: 0\r\n" + length: b"400",
+        post + length + b"Content-Length: 0\r\n": b"400",
+        post + b"Content-Length: 0, %d\r\n" % len(hidden): b"411",
+        post + b"Content-Length : %d\r\n" % len(hidden): b"400",
+        post + b"X: a\rContent-Length: 0\r\n": b"400",
+        post + b"X: a\0\r\nContent-Length: 0\r\n": b"400",
+        post + b"Content-Length: +0\r\n": b"411",
+        post + b"Content-Length: \xb2\r\n": b"411",
+        post + length: b"401",
+        post.replace(b"/score", b"/other") + length: b"404",
+        post + b"Content-Length: 99999999\r\n": b"401",
+        b"GET /health HTTP/1.1\r\n" + length: b"400",
+        b"GET /health HTTP/1.1\r\nTransfer-Encoding: chunked\r\n": b"400",
+        b"PUT /score HTTP/1.1\r\n" + length: b"501",
+    }
+    with serving(ServerConfig(port=0, token_env=TOKEN), lambda text: 1.0) as (server, taken):
+        with ThreadPoolExecutor(8) as clients:
+            heard = list(clients.map(lambda head: speak(server.url, head + b"\r\n" + hidden), heads))
+        for (head, status), answer in zip(heads.items(), heard, strict=True):
+            assert answer.startswith(b"HTTP/1.1 " + status) and answer.count(b"HTTP/1.1") == 1, (head, answer)
+            assert b"Connection: close" in answer
+        assert not taken and ask(server.url, samples("a"), Authorization="Bearer secret")[0] == 200
+
+
+def test_strangers_keep_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections without a request, or with half of one, end; those who have the token are served meanwhile."""
+    monkeypatch.setenv(TOKEN, "secret")
+    monkeypatch.setattr(reward_connections, "REQUEST_S", 0.5)
+    monkeypatch.setattr(reward_server, "BODY_S", 0.7)
+    monkeypatch.setattr(reward_connections, "_LINGER_S", 0.2)
+    allowed = {"Authorization": "Bearer secret"}
+    with serving(ServerConfig(port=0, token_env=TOKEN), lambda text: 1.0) as (server, _):
+        http_server = server._http
+        http_server.most = 6
+        address = http_server.server_address[:2]
+        kept = http.client.HTTPConnection(*address, timeout=20)  # type: ignore[arg-type]
+        kept.request("POST", "/score", json.dumps(samples("a")).encode(), allowed)
+        assert kept.getresponse().read()
+        halves = [b"", b"POST /sc", b"POST /score HTTP/1.1\r\nContent-Length: 5\r\nX: ",
+                  b"POST /score HTTP/1.1\r\nContent-Length: 9000000\r\n\r\n{",
+                  b"POST /score HTTP/1.1\r\nAuthorization: Bearer secret\r\nContent-Length: 500\r\n\r\n{"]  # fmt: skip
+        strangers = [socket.create_connection(address, timeout=20) for _ in range(20)]
+        for place, stranger in enumerate(strangers):
+            with suppress(ConnectionError):
+                stranger.sendall(halves[place % len(halves)])
+        assert len(http_server._open) <= 6
+        for _ in range(3):
+            assert ask(server.url, samples("b"), **allowed)[0] == 200
+        kept.request("POST", "/score", json.dumps(samples("c")).encode(), allowed)
+        assert kept.getresponse().status == 200, "who has shown the token is not pushed out"
+        kept.close()
+        for stranger in strangers:
+            with suppress(ConnectionError):
+                while stranger.recv(1 << 16):
+                    pass
+            stranger.close()
+        until = time.monotonic() + 20
+        while http_server._open and time.monotonic() < until:
+            time.sleep(0.02)
+        assert not http_server._open and not http_server._waits
+
+
 def test_one_connection_for_many_requests() -> None:
     with serving(ServerConfig(port=0), lambda text: 1.0) as (server, _):
         connection = http.client.HTTPConnection(server.url.split("/")[2], timeout=30)
@@ -161,8 +248,7 @@ def test_one_connection_for_many_requests() -> None:
             connection.request("POST", "/score", json.dumps(body).encode())
             answer = connection.getresponse()
             assert answer.status == (200 if body["samples"] != 1 else 400) and answer.read()
-        socket = connection.sock
-        assert socket is not None, "it was closed between requests"
+        assert connection.sock is not None, "it was closed between requests"
         connection.close()
 
 

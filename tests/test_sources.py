@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pickle
 import re
 import socket
 import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -22,6 +24,7 @@ import torch
 from nemo_rlhf.config import PPOConfig, load
 from nemo_rlhf.config.commands import REQUIRED
 from nemo_rlhf.config.sources import KINDS, FunctionSourceConfig, HttpSourceConfig, read_sources
+from nemo_rlhf.rollout import pool as pools
 from nemo_rlhf.rollout import rules
 from nemo_rlhf.rollout.http import RewardService
 from nemo_rlhf.rollout.named import load_function
@@ -187,6 +190,36 @@ def test_bad_samples_are_named_or_get_the_fallback(text: str, words: str) -> Non
     assert scored.by_source["f"].tolist() == [1.0, 3.0, -2.0, 5.0, 2.0] and scored.fallbacks == {"f": 1}
     assert score_all([CalledSource(pool, "f", 2.0)], make_rollout("abc"), None).fallbacks == {"f": 0}
     pool.close()
+
+
+def test_nothing_that_a_worker_sends_runs_in_the_run(tmp_path: Path) -> None:
+    """Whoever has a worker owns its connection. A lie about a reward is all that goes through it."""
+    marker = tmp_path / "ran"
+    pool = make_pool("hostile", arguments={"marker": str(marker)}, timeout_s=2, on_failure=-1)
+    attacks = {
+        "pickle": "took more than 2 s",
+        "half": "took more than 2 s",
+        "close": "closed its connection",
+        "pickle line": "answered with something other than numbers",
+    }
+    with pytest.warns(UserWarning):
+        scores = score(pool, make_rollout(*attacks, "large", "good"), None).scores.tolist()
+    assert scores == [-1.0] * 5 + [2.0] and not marker.exists()
+    pool.close()
+    pool = make_pool("hostile", arguments={"marker": str(marker)}, workers=1)
+    with pytest.raises(ValueError, match=r"\\x1b\[2Jraised for sample 0"):
+        score(pool, make_rollout("escape"), None)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [b'[true, "1"]', b"[true, [[1.0]]]", b"[true, [null]]", b"[true, true]", b"[" * 100_000, b'{"a": 1, "b": 2}',
+     b"[true, " + b"9" * 5000 + b"]", b"[true, 1.0]\n[true, 2.0]", b"[true]", b"[1, 2.0]", b"[false, 7]", b"", b"null",
+     b"\xff\xfe", pickle.dumps((True, 1.0))],
+)  # fmt: skip
+def test_only_numbers_or_a_sentence_are_taken_from_a_worker(said: bytes) -> None:
+    with pytest.raises(pools._Lost, match="something other than numbers"):
+        pools._checked(said + b"\n")
 
 
 def test_nothing_that_a_function_started_outlives_its_time_out() -> None:
@@ -529,12 +562,126 @@ def test_service_that_moves_is_found_by_its_file(serve: Callable[..., Service], 
     assert len(first.scored) == 6 and len(threads) == 1
 
 
+def packed(number: int, handler: Any) -> bool:
+    """What grows a thousandfold."""
+    bomb = zlib.compress(b'{"rewards": [' + b" " * 1_000_000 + b"]}", 9, 31)
+    handler.send_response(200)
+    handler.send_header("Content-Encoding", "gzip")
+    handler.send_header("Content-Length", str(len(bomb)))
+    handler.end_headers()
+    handler.wfile.write(bomb)
+    return True
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (packed, r"an answer that is packed \(gzip\)"),
+        ("[" * 100_000, "an answer that is not"),
+        ('{"rewards": ' + "[" * 100_000, "an answer that is not"),
+        ('{"rewards": [' + "9" * 5000 + "]}", "an answer that is not"),
+        ('{"rewards": [1], "rewards": [2]}', "an answer that is not"),
+        ("[1.0]", "an answer that is not"),
+        ("\x1b]0;owned\x07\x1b[2J\u202e", r"\\x1b\]0;owned\\x07\\x1b\[2J\\u202e"),
+        (" " * 200_000, "an answer of more than 0 MiB"),
+    ],
+)  # fmt: skip
+def test_hostile_answers_are_asked_for_again_and_do_no_harm(
+    serve: Callable[..., Service], monkeypatch: pytest.MonkeyPatch, content: Any, words: str
+) -> None:
+    from nemo_rlhf.rollout import http
+
+    monkeypatch.setattr(http, "MOST_BYTES", 150_000)
+
+    def spoil(number: int, handler: Any) -> bool:
+        assert handler.headers["Accept-Encoding"] == "identity"
+        return content(number, handler) if callable(content) else (handler.reply(200, content) or True)
+
+    service = serve(spoil)
+    with pytest.raises(Unavailable, match=words) as caught:
+        score(client(url=service.url, wait_s=0.05), make_rollout("a"), None)
+    assert service.requests and str(caught.value).isprintable() and len(str(caught.value)) < 800
+
+
+def test_what_a_service_refuses_with_is_shown_harmlessly(serve: Callable[..., Service]) -> None:
+    service = serve(lambda number, handler: handler.reply(418, "\x1b[31m" + "no " * 1_000_000) or True)
+    with pytest.raises(ValueError, match=r"HTTP 418: \\x1b\[31mno no") as caught:
+        score(client(url=service.url.replace("//", "//user:PASSWORD@")), make_rollout("a"), None)
+    said = str(caught.value)
+    assert said.isprintable() and len(said) < 400 and "PASSWORD" not in said and "user" not in said
+
+
+@pytest.mark.parametrize(
+    "address",
+    [b"", b"\xff\xfe", b"ftp://a/b", b"http://", b"http://user:pw@127.0.0.1/", b"http://127.0.0.1/\r\nX: y",
+     b"http://127.0.0.1:port/", b"http://[::1/", b"x" * 1_000_000, b"http://a\\@b/", b"http://a b/", None],
+)  # fmt: skip
+def test_addresses_in_files_that_are_none_are_read_again(
+    serve: Callable[..., Service], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: bytes | None
+) -> None:
+    monkeypatch.setenv("JUDGE_TOKEN", "secret")
+    file = tmp_path / "url"
+    if address is None:
+        os.mkfifo(file)
+    else:
+        file.write_bytes(address)
+    service, looks = serve(), iter(range(100))
+
+    def mend() -> bool:  # asked whenever the client waits
+        if next(looks) == 1:
+            file.unlink()
+            file.write_text(service.url)
+        return False
+
+    found = client(mend, url_file=str(file), token_env="JUDGE_TOKEN", wait_s=20)
+    assert score(found, make_rollout("abc"), None).scores.tolist() == [3.0]
+
+
+def test_a_token_goes_only_where_its_owner_says(
+    serve: Callable[..., Service], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JUDGE_TOKEN", "secret")
+    service, file = serve(), tmp_path / "url"
+    file.write_text(service.url)
+    file.chmod(0o666)
+    with pytest.raises(ValueError, match=r"would send its token wherever .*url says.*written by all: make it your own"):
+        score(client(url_file=str(file), token_env="JUDGE_TOKEN"), make_rollout("a"), None)
+    assert not service.requests
+    assert score(client(url_file=str(file)), make_rollout("a"), None).scores.tolist() == [1.0]  # no token to lose
+    file.chmod(0o664)
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    if file.stat().st_uid:  # root's are trusted
+        with pytest.raises(ValueError, match="belongs to another user"):
+            score(client(url_file=str(file), token_env="JUDGE_TOKEN"), make_rollout("a"), None)
+    for token in ("se\r\ncret", "s\xe9cret", "a b", "x\0y"):
+        monkeypatch.setitem(os.environ, "JUDGE_TOKEN", token.replace("\0", "\x01"))
+        with pytest.raises(ValueError, match=r"printable ASCII characters without spaces, and \$JUDGE_TOKEN") as caught:
+            client(url=service.url, token_env="JUDGE_TOKEN")
+        assert "cret" not in str(caught.value)
+
+
+def test_an_address_that_cannot_be_asked_ends_at_once() -> None:
+    for url in ("http://[::1/", "http://a:port/x", "http://" + "x" * 300 + "/"):
+        with pytest.raises((ValueError, Unavailable)) as caught:
+            score(client(url=url, wait_s=0.05), make_rollout("a"), None)
+        assert str(caught.value).isprintable()
+
+
 def test_what_cannot_be_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("JUDGE_TOKEN", raising=False)
     with pytest.raises(ValueError, match=r"needs the token in \$JUDGE_TOKEN, which is not set"):
         score(client(url="http://127.0.0.1:9/", token_env="JUDGE_TOKEN"), make_rollout("a"), None)
     with pytest.raises(ValueError, match="cannot be sent to the reward service judge"):
         score(client(url="http://127.0.0.1:9/"), make_rollout("a", x=[float("nan")]), None)
+
+
+def test_messages_do_not_tell_who_asks() -> None:
+    for url in ("http://KEY:PASS@127.0.0.1:9/score", "http://KEY@127.0.0.1:9/score?token=PASS", "http://KEY:PASS@[/"):
+        with pytest.raises((ValueError, Unavailable)) as error:
+            score(client(url=url, wait_s=0.1, backoff_s=0.01), make_rollout("a"), None)
+        assert "***" in str(error.value) and "KEY" not in str(error.value) and "PASS" not in str(error.value)
+    said = refused("[{kind: http, name: a, url: 'ftp://u:PASS@h'}]")
+    assert "PASS" not in said and "no address" in said
 
 
 # ---- whole runs

@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from os.path import expanduser
 from typing import Any, NoReturn
 
 from nemo_rlhf.cli import help_text
@@ -116,9 +117,11 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     plan = command("plan", "how to cut a model over a cluster, and what that takes", help_text.PLAN, _plan)
     plan.add_argument("--config", metavar="FILE", help="yaml file laid over the defaults")
     plan.add_argument("--top", type=int, default=3, metavar="N", help="plans to show (default: %(default)s)")
-    plan.add_argument("--write", metavar="FILE", help="yaml file for the --config of the command that is planned for")
+    plan.add_argument(
+        "--write", type=expanduser, metavar="FILE", help="yaml file for the --config of the command that is planned for"
+    )
     data = command("data", "what a file of records holds, and what is learned from it", help_text.DATA, _data)
-    data.add_argument("file", metavar="FILE", help="file, pattern, datasets directory or name on the hub")
+    data.add_argument("file", type=expanduser, metavar="FILE", help="file, pattern, datasets directory or hub name")
     data.add_argument(
         "--for",
         dest="purpose",
@@ -132,7 +135,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         sub.add_argument("overrides", metavar="key=value", nargs="*", help="configuration keys, as in Hydra")
 
     report = command("report", "one HTML page of a run: curves, samples, timings", help_text.REPORT, _report)
-    report.add_argument("run_dir", metavar="RUN_DIR", help="exp_manager.explicit_log_dir of the run")
+    report.add_argument("run_dir", type=expanduser, metavar="RUN_DIR", help="exp_manager.explicit_log_dir of the run")
 
     feedback = command("feedback", "people compare the policy's answers", help_text.FEEDBACK, run_feedback)
     add_ways(feedback)
@@ -146,7 +149,7 @@ def _slurm_arguments(slurm: _Parser) -> None:
     slurm.add_argument("words", metavar="key=value", nargs="*", help="the command's own words, and slurm.* keys")
     slurm.add_argument("--cluster", metavar="FILE", help="yaml file of the cluster, yours or a shipped one")
     slurm.add_argument("--config", metavar="FILE", help="as of the command itself")
-    slurm.add_argument("--out", metavar="FILE", help="file for the script, which is printed otherwise")
+    slurm.add_argument("--out", type=expanduser, metavar="FILE", help="file for the script, which is printed otherwise")
     slurm.add_argument("--after", metavar="JOB", help="number of a job that must have ended well before")
     how = slurm.add_mutually_exclusive_group()
     how.add_argument("--submit", action="store_true", help="submit it, and print the number of the job")
@@ -165,7 +168,7 @@ def _convert_parsers(convert: _Parser) -> None:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         for place in places:
-            sub.add_argument(place.lower(), metavar=place, help="directory")
+            sub.add_argument(place.lower(), type=expanduser, metavar=place, help="directory")
         return sub
 
     to_megatron = way("import", "convert Hugging Face to Megatron", "HF_DIR", "CKPT_DIR")
@@ -177,7 +180,9 @@ def _convert_parsers(convert: _Parser) -> None:
         sub.add_argument("--force", action="store_true", help="replace what is there, once the new one is whole")
         sub.add_argument("--workers", type=int, default=1, metavar="N", help="processes that share the work")
     verify = way("verify", "run both and compare; exit code 1 when they disagree", "HF_DIR", "CKPT_DIR")
-    verify.add_argument("--prompts", metavar="FILE", help="jsonl file to compare on (default: random tokens)")
+    verify.add_argument(
+        "--prompts", type=expanduser, metavar="FILE", help="jsonl file to compare on (default: random tokens)"
+    )
     way("inspect", "say what a checkpoint of either format holds", "CKPT_DIR")
 
 

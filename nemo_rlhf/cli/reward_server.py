@@ -18,21 +18,20 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from nemo_rlhf.cli.reward_connections import BODY_S, BoundedHandler, BoundedServer
 from nemo_rlhf.config.server import ServerConfig, is_local
+from nemo_rlhf.untrusted import parse_json
 
 Scores = Future[list[float]]
 Encode = Callable[[str, str, str], tuple[int, ...]]  # prompt, response, and where they stand, for an error
 
-_IDLE_S = 120.0  # that a connection may stay open without a request
 _GRACE_S = 3.0  # for answers that are on their way when the server ends
 _REMEMBERED = 256  # requests whose answer a retry gets without being scored again
-_PIECE = 1 << 16  # bytes
 
 
 class Refused(Exception):
@@ -137,12 +136,9 @@ class RewardServer:
         self._http.server_close()
 
 
-class _Http(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 128
-
+class _Http(BoundedServer):
     def __init__(self, config: ServerConfig, token: str | None, jobs: Jobs) -> None:
-        super().__init__((config.host, config.port), _Handler, bind_and_activate=False)
+        super().__init__((config.host, config.port), _Handler)
         self.token, self.jobs, self.max_body = token, jobs, config.max_body_mib << 20
         self.encode: Encode | None = None
         self.encoding = threading.Lock()  # a fast tokenizer must not be called by two threads at a time
@@ -153,18 +149,15 @@ class _Http(ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)  # the parent's asks for the host's full name, which may take long
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is no news."""
 
-
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(BoundedHandler):
     server: _Http
-    protocol_version = "HTTP/1.1"
     server_version, sys_version = "nemo-rlhf", ""
-    timeout = _IDLE_S
 
     def do_GET(self) -> None:
-        if self.path == "/health":
+        if what := self.what_is_ambiguous():
+            self._end(Refused(400, f"The request has {what}."))
+        elif self.path == "/health":
             self._answer(200, {"status": "ok"})
         else:
             self._answer(404, {"error": f"There is nothing at {self.path}: GET /health or POST /score."})
@@ -173,7 +166,11 @@ class _Handler(BaseHTTPRequestHandler):
         with self.server.counting:
             self.server.num_busy += 1
         try:
+            if refused := self._head():
+                self._end(refused)
+                return
             self._answer(200, {"rewards": self._rewards(self._body())})
+            self.is_known = True
         except Refused as refused:
             self._answer(refused.status, {"error": str(refused)})
         except OSError:  # a client that went away is no news
@@ -185,27 +182,37 @@ class _Handler(BaseHTTPRequestHandler):
             with self.server.counting:
                 self.server.num_busy -= 1
 
-    def _body(self) -> bytes:
+    def _head(self) -> Refused | None:
+        """What is wrong before the body is read, of which nothing is taken then."""
         length = self.headers.get("Content-Length", "")
-        if not (length.isdecimal() and len(length) < 16):
-            self.close_connection = True  # where the next request begins is unknown
-            raise Refused(411, "Send the body with a Content-Length.")
-        refused: Refused | None = None
+        if what := self.what_is_ambiguous():
+            return Refused(400, f"The request has {what}.")
+        if not (length.isascii() and length.isdecimal() and len(length) < 16):
+            return Refused(411, "Send the body with a Content-Length.")
         if self.path != "/score":
-            refused = Refused(404, f"There is nothing at {self.path}: POST /score.")
-        elif not self._is_allowed():
-            refused = Refused(401, "Send the server's token as Authorization: Bearer TOKEN.")
-        elif int(length) > self.server.max_body:
+            return Refused(404, f"There is nothing at {self.path}: POST /score.")
+        if not self._is_allowed():
+            return Refused(401, "Send the server's token as Authorization: Bearer TOKEN.")
+        if int(length) > self.server.max_body:
             mib = self.server.max_body >> 20
-            refused = Refused(413, f"The body has {length} bytes, and the server takes {mib} MiB: send fewer samples.")
-        if refused is None:
-            return self.rfile.read(int(length))
-        # a client that is still sending would never see the answer
-        left = min(int(length), 4 * self.server.max_body)
-        self.close_connection |= left < int(length)
-        while left > 0 and (piece := self.rfile.read(min(left, _PIECE))):
-            left -= len(piece)
-        raise refused
+            return Refused(413, f"The body has {length} bytes, and the server takes {mib} MiB: send fewer samples.")
+        return None
+
+    def _end(self, refused: Refused) -> None:
+        """Say so, and end the connection: where the next request would begin is not known."""
+        self.close_connection = True
+        with suppress(OSError):
+            self._answer(refused.status, {"error": str(refused)})
+        self.linger()
+
+    def _body(self) -> bytes:
+        length = int(self.headers["Content-Length"])
+        self.server.expect(self.connection, BODY_S + (length >> 20), is_known=True)
+        body = self.rfile.read(length)
+        self.server.expect_nothing(self.connection)
+        if len(body) < length:
+            raise ConnectionError("half a body")
+        return body
 
     def _is_allowed(self) -> bool:
         if self.server.token is None:
@@ -244,15 +251,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    def log_message(self, *args: Any) -> None:
-        """A line a request would hide what matters."""
-
 
 def _samples(body: bytes) -> Sequence[dict[str, str]]:
     """Raises Refused (400), which names what is wrong."""
     try:
-        value = json.loads(body)
-    except (ValueError, RecursionError):
+        value = parse_json(body, "the body")
+    except ValueError:
         raise Refused(400, 'The body is not JSON: send {"samples": [{"prompt": ..., "response": ...}]}.') from None
     samples = value.get("samples") if isinstance(value, dict) else None
     if not isinstance(samples, list):

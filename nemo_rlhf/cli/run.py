@@ -1,21 +1,16 @@
-"""From a configuration to a finished run: data, algorithm, Lightning's trainer, NeMo's exp_manager, exit code."""
+"""From a configuration to a finished run: reads the data, and makes the algorithm that ``fit`` runs."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Trainer
-from nemo.utils.exp_manager import exp_manager
-from omegaconf import OmegaConf
 
-from nemo_rlhf import device
-from nemo_rlhf.algorithms.base import Algorithm, Metrics, stored_metrics
+from nemo_rlhf.algorithms.base import Algorithm
 from nemo_rlhf.algorithms.evaluate import sample
 from nemo_rlhf.algorithms.ilql import ILQL, ILQLInputs
 from nemo_rlhf.algorithms.play import Environment, play
@@ -23,25 +18,16 @@ from nemo_rlhf.algorithms.ppo import PPO, PPOInputs
 from nemo_rlhf.algorithms.reward import PairTraining, ScoreTraining
 from nemo_rlhf.algorithms.rft import RFT, RFTInputs
 from nemo_rlhf.algorithms.roles import open_role, open_tokenizer
+from nemo_rlhf.algorithms.samples import METADATA, beside_ours
 from nemo_rlhf.algorithms.sft import SFT
 from nemo_rlhf.cli import stop
-from nemo_rlhf.cli.callbacks import (
-    Checkpoints,
-    Progress,
-    StopSignals,
-    newest_whole_checkpoint,
-    remove_unfinished,
-    stored_checkpoints,
-)
-from nemo_rlhf.cli.loggers import JsonlLogger
+from nemo_rlhf.cli.fit import EXIT_DONE, fit
 from nemo_rlhf.cli.people import open_store
-from nemo_rlhf.cli.rank import begin, end, kernels
-from nemo_rlhf.cli.report import write_report
-from nemo_rlhf.config import dump
+from nemo_rlhf.cli.rank import begin, end
+from nemo_rlhf.cli.run_directory import Code, Data
 from nemo_rlhf.config.environment import check_given_environment
 from nemo_rlhf.config.sampling import sampling_values
 from nemo_rlhf.config.schema import (
-    ExpManagerConfig,
     GenerateConfig,
     ILQLConfig,
     ModelConfig,
@@ -64,14 +50,11 @@ from nemo_rlhf.generation.engine import Engine
 from nemo_rlhf.generation.sampling import SamplingParams
 from nemo_rlhf.models.ilql import ILQLModel
 from nemo_rlhf.models.policy import PolicyModel
-from nemo_rlhf.parallel.strategy import MegatronStrategy
 from nemo_rlhf.rollout.collect import make_requests
 from nemo_rlhf.rollout.named import load_function
-from nemo_rlhf.rollout.score import RewardFunction, Unavailable
+from nemo_rlhf.rollout.score import RewardFunction
 from nemo_rlhf.rollout.sources import CalledSource, open_sources
 from nemo_rlhf.types import Episode
-
-EXIT_DONE, EXIT_UNAVAILABLE, EXIT_STOPPED = 0, 69, 75
 
 
 def run_ppo(
@@ -98,10 +81,13 @@ def run_ppo(
         store = open_store(config)
         intake = _intake(config)
         online = _online(config, intake, reward_fn, prompts, validation_prompts, metric_fn)
-        return _fit(PPO(config, PPOInputs(**online, store=store, stopping=stop.noted)), config, intake)
-    begin(config.model, config.trainer, config.seed)
-    tokenizer, tokenizer_dir = open_tokenizer(config.model, config.data)
-    return _fit(PPO(config, PPOInputs(tokenizer, tokenizer_dir, env=env, metric_fn=metric_fn)), config)
+        inputs = PPOInputs(**online, store=store, stopping=stop.noted)
+    else:
+        intake = Intake()
+        begin(config.model, config.trainer, config.seed)
+        tokenizer, tokenizer_dir = open_tokenizer(config.model, config.data)
+        inputs = PPOInputs(tokenizer, tokenizer_dir, env=env, metric_fn=metric_fn)
+    return fit(_counted(PPO(config, inputs), intake), config, *_made_of(inputs))
 
 
 def run_rft(
@@ -114,12 +100,26 @@ def run_rft(
 ) -> int:
     """Run RFT; as ``run_ppo``."""
     intake = _intake(config)
-    online = _online(config, intake, reward_fn, prompts, validation_prompts, metric_fn)
-    return _fit(RFT(config, RFTInputs(**online)), config, intake)
+    inputs = RFTInputs(**_online(config, intake, reward_fn, prompts, validation_prompts, metric_fn))
+    return fit(_counted(RFT(config, inputs), intake), config, *_made_of(inputs))
+
+
+def _made_of(inputs: PPOInputs | RFTInputs) -> tuple[Data, Code]:
+    sources = {f"reward function {source.name or ''}".rstrip(): source.reward_fn for source in inputs.sources}
+    environment = {"environment": inputs.env} if isinstance(inputs, PPOInputs) else {}
+    data = {"training": inputs.prompts, "validation": inputs.validation_prompts}
+    return data, {**sources, **environment, "metric function": inputs.metric_fn}
 
 
 def _intake(config: TrainingConfig | GenerateConfig) -> Intake:
     return Intake(config.data.fields, config.data.on_error)  # type: ignore[arg-type]
+
+
+def _counted(algorithm: Algorithm, intake: Intake) -> Algorithm:
+    """The algorithm with what was left out of its data among its metrics."""
+    if intake.on_error == "skip":
+        algorithm.constants["data/skipped"] = float(len(intake.refused))
+    return algorithm
 
 
 def _read(reader: Callable[..., Any], given: Source | None, configured: str | None, *how: Any, **more: Any) -> Any:
@@ -173,7 +173,8 @@ def run_sft(config: SFTConfig, *, train: Source | None = None, validation: Sourc
     how = (tokenizer, data.max_sequence_length, data.train_on)
     texts = _read(read_texts, train, data.train, *how, top_percent=data.top_percent, intake=intake)
     validation_texts = _read(read_texts, validation, data.validation, *how, intake=intake)
-    return _fit(SFT(config, tokenizer, tokenizer_dir, texts, validation_texts), config, intake)
+    algorithm = _counted(SFT(config, tokenizer, tokenizer_dir, texts, validation_texts), intake)
+    return fit(algorithm, config, {"training": texts, "validation": validation_texts}, {})
 
 
 def run_ilql(
@@ -210,7 +211,10 @@ def run_ilql(
         metric_fn=metric_fn,
         logit_mask=None if logit_mask is None else torch.as_tensor(logit_mask),
     )
-    return _fit(ILQL(config, inputs), config, intake)
+    held_out = [*held_out, *inputs.validation_prompts]
+    code = {"reward function": reward_fn, "metric function": metric_fn}
+    algorithm = _counted(ILQL(config, inputs), intake)
+    return fit(algorithm, config, {"training": dialogues, "validation": held_out}, code)
 
 
 def run_reward(config: RewardModelConfig) -> int:
@@ -222,7 +226,8 @@ def run_reward(config: RewardModelConfig) -> int:
     limit, data, intake = config.data.max_sequence_length, config.data, _intake(config)
     examples = _read(read, None, data.train, tokenizer, limit, intake=intake)
     held_out = _read(read, None, data.validation, tokenizer, limit, intake=intake)
-    return _fit(kind(config, tokenizer, tokenizer_dir, examples, held_out), config, intake)
+    algorithm = _counted(kind(config, tokenizer, tokenizer_dir, examples, held_out), intake)
+    return fit(algorithm, config, {"training": examples, "validation": held_out}, {})
 
 
 def run_generate(config: GenerateConfig) -> int:
@@ -241,13 +246,9 @@ def run_generate(config: GenerateConfig) -> int:
         partial = out.with_name(out.name + ".partial")
         with partial.open("w") as file:
             for one in samples:
-                record = {
-                    **one.prompt.metadata,
-                    "prompt": one.prompt.text,
-                    "response": one.text,
-                    "finish_reason": one.finish_reason,
-                }
-                file.write(json.dumps(record, default=str) + "\n")
+                ours = {"prompt": one.prompt.text, "response": one.text, "finish_reason": one.finish_reason}
+                fields = beside_ours(one.prompt.metadata, (*ours, METADATA))
+                file.write(json.dumps({**fields, **ours}, default=str) + "\n")
         partial.replace(out)
     return end(EXIT_DONE)
 
@@ -285,90 +286,3 @@ def _open_sampler(config: GenerateConfig) -> PolicyModel | ILQLModel:
     if "ilql" in read_architecture(source).heads:
         kind = ILQLModel
     return open_role(kind, ModelConfig(**vars(config.model)), source, config.trainer.precision, 0)
-
-
-def result_of(run_dir: Path) -> tuple[Metrics, Path]:
-    """Metrics of a finished run's last step and its last checkpoint."""
-    last = stored_checkpoints(run_dir)[-1]
-    return stored_metrics(last)[1], last
-
-
-def _add_loggers(trainer: Trainer, run_dir: Path, config: ExpManagerConfig) -> None:
-    exp_manager(
-        trainer,
-        OmegaConf.create(
-            {
-                # a directory of its own: at every start it moves the files of the one before into logs/run_N
-                "explicit_log_dir": str(run_dir / "logs"),
-                "create_checkpoint_callback": False,  # NeMo's reads steps from file names and cannot skip a damaged one
-                "create_tensorboard_logger": config.create_tensorboard_logger,
-                "summary_writer_kwargs": {"sub_dir": "../tensorboard"},
-                "create_wandb_logger": config.create_wandb_logger,
-                "wandb_logger_kwargs": config.wandb_logger_kwargs,
-                "log_step_timing": False,
-                "seconds_to_sleep": 0,
-            }
-        ),
-    )
-
-
-def _fit(algorithm: Algorithm, config: TrainingConfig, intake: Intake | None = None) -> int:
-    if intake is not None and intake.on_error == "skip":
-        algorithm.constants["data/skipped"] = float(len(intake.refused))
-    run_dir = algorithm.run_dir
-    if not config.exp_manager.resume_if_exists and stored_checkpoints(run_dir):
-        raise ValueError(
-            f"{run_dir} holds checkpoints of an earlier run: set exp_manager.resume_if_exists=true to continue it, or "
-            f"choose another exp_manager.explicit_log_dir."
-        )
-    metrics = JsonlLogger(run_dir)
-    stopping = StopSignals()
-    saving = config.exp_manager.checkpoint_callback_params
-    checkpoints = Checkpoints(run_dir, saving, stopping)
-    show_samples_every = config.ppo.show_samples_every if isinstance(config, PPOConfig) else 0
-    progress = [Progress(run_dir, show_samples_every)] if config.trainer.enable_progress_bar else []
-    trainer = Trainer(
-        accelerator="gpu" if device.is_cuda() else "cpu",
-        devices=config.trainer.devices,
-        num_nodes=config.trainer.num_nodes,
-        strategy=MegatronStrategy(config.trainer.timeout_s, async_save=saving.async_save),
-        max_steps=algorithm.max_steps,
-        max_epochs=-1,
-        limit_val_batches=0,  # an algorithm validates inside its step
-        log_every_n_steps=config.trainer.log_every_n_steps,
-        logger=False,
-        enable_checkpointing=True,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        callbacks=[stopping, checkpoints, *progress],
-    )
-    _add_loggers(trainer, run_dir, config.exp_manager)
-    trainer.loggers = [metrics, *trainer.loggers]
-    resume = newest_whole_checkpoint(run_dir) if config.exp_manager.resume_if_exists else None
-    remove_unfinished(run_dir)
-    done = int(resume.name.removeprefix("step_")) if resume else -1
-    metrics.rewind(done)
-    if dist.get_rank() == 0:
-        used = kernels(config.model, config.trainer)
-        (run_dir / "config.yaml").write_text(f"# {used}\n{dump(config)}")
-    code, said = EXIT_DONE, ""
-    with stop.heeded():
-        try:
-            trainer.fit(algorithm, ckpt_path=resume)
-        except Unavailable as error:
-            code = EXIT_UNAVAILABLE
-            said = f"{error} Steps done and saved: {algorithm.completed_steps}; the same command goes on from there."
-        else:
-            if not algorithm.metrics:  # nothing was left to do
-                said = f"{run_dir} has all {done} steps; raise trainer.max_steps (or max_epochs) to go on."
-    if stopping.requested and (code or algorithm.completed_steps < algorithm.max_steps):
-        code = EXIT_STOPPED
-        after = f"step {algorithm.completed_steps}, which is saved" if algorithm.completed_steps else "no step"
-        said = said or f"{stopping.requested.name} ended the run after {after}; the same command goes on from there."
-    if dist.get_rank() == 0:
-        if said:
-            print(f"nemo-rlhf: {said}", file=sys.stderr)
-        if metrics.path.exists():
-            write_report(run_dir)
-    return end(code)

@@ -11,6 +11,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from nemo_rlhf.untrusted import parse_json
+
 ROLLOUTS, VALIDATION, VALUES = "rollouts", "validation", "values"
 MAX_CHARACTERS = 300
 
@@ -26,7 +28,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line, "the line")
         except ValueError:
             if number == len(lines):
                 break
@@ -61,9 +63,9 @@ def number(value: Any) -> str:
     """A number as people read it; empty for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return ""
-    if float(value).is_integer() and abs(value) < 1e7:
+    if abs(value) < 1e7 and float(value).is_integer():
         return f"{int(value)}"
-    return f"{value:.4g}"
+    return f"{value:.4g}" if isinstance(value, float) or abs(value) < 1e300 else f"{str(value)[:20]}…"
 
 
 def samples_table(records: Sequence[Record], title: str) -> Table:
@@ -81,7 +83,7 @@ def samples_table(records: Sequence[Record], title: str) -> Table:
         )
         cells = [Text(visible(text)) for text in texts]
         cells += [Text(number(record.get(name))) for name in figures]
-        table.add_row(*cells, Text(str(record.get("finish_reason", ""))))
+        table.add_row(*cells, Text(visible(cut_text(record.get("finish_reason"), 20))))
     return table
 
 

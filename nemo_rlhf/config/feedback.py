@@ -35,6 +35,7 @@ class ServeConfig:
     host: str = "127.0.0.1"  # address to listen on; any that others can reach needs a secret
     port: int = 8765  # 0: a free one
     secret_file: str | None = None  # with what signs the sessions; None: of the environment, or made and kept
+    allow_hosts: tuple[str, ...] = ()  # names under which browsers may ask, besides this machine's and any address
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:

@@ -57,6 +57,7 @@ class CheckpointConfig:
 class ExpManagerConfig:
     explicit_log_dir: str = MISSING  # the run directory: checkpoints, metrics, samples, logs
     resume_if_exists: bool = True  # continue from the newest whole checkpoint in the run directory
+    allow_changes: Any = False  # to go on with other data, seeds, batches, ...: true, or the keys that may differ
     create_tensorboard_logger: bool = True  # write TensorBoard events below the run directory
     create_wandb_logger: bool = False  # log to Weights & Biases
     wandb_logger_kwargs: dict[str, Any] = field(default_factory=dict)  # project, name, ... of the W&B run
@@ -141,6 +142,7 @@ class PPOAlgorithmConfig:
     offload: list[str] = field(default_factory=list)  # kept in host memory while idle: optimizer, critic, reference
     keep_graph: bool = False  # the first minibatch learns from the forward pass of the evaluation
     show_samples_every: int = 10  # show a few samples on the terminal every this many steps; 0: never
+    keep_rollouts: int | None = None  # keep the samples of this many of the last steps in rollouts/; null: of all
     feedback: FeedbackConfig = field(default_factory=FeedbackConfig)
 
 
@@ -235,6 +237,7 @@ class RFTAlgorithmConfig:
     improve_steps: int = 4  # passes over a round's best responses, of which each pass takes fewer
     start_percentile: float = 0.7  # of a prompt's rewards: what the first pass learns from lies at or above it
     end_percentile: float = 0.95  # the same of the last pass; evenly between them
+    keep_rollouts: int | None = None  # as in PPO
 
 
 @dataclass

@@ -10,6 +10,7 @@ from collections.abc import Collection
 
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_rlhf.config.changes import check_allow_changes
 from nemo_rlhf.config.commands import ALTERNATIVES, REQUIRED
 from nemo_rlhf.config.data import DataCommandConfig
 from nemo_rlhf.config.environment import check_environment
@@ -104,6 +105,7 @@ RANGES: dict[str, Rule] = {
     "ppo.critic_warmup_steps": NOT_NEGATIVE,
     "ppo.truncation_penalty": POSITIVE,
     "ppo.show_samples_every": NOT_NEGATIVE,
+    "ppo.keep_rollouts": COUNT,
     "ilql.tau": FRACTION,
     "ilql.gamma": FRACTION,
     "ilql.beta": NOT_NEGATIVE,
@@ -118,6 +120,7 @@ RANGES: dict[str, Rule] = {
     "rft.improve_steps": COUNT,
     "rft.start_percentile": FRACTION,
     "rft.end_percentile": FRACTION,
+    "rft.keep_rollouts": COUNT,
     "environment.max_turns": COUNT,
     "environment.validation_episodes": NOT_NEGATIVE,
     "generation.num_slots": COUNT,
@@ -213,6 +216,7 @@ def validate(cfg: Config | DataCommandConfig | PlanConfig | SlurmConfig) -> None
     check_betas(cfg)
     check_schedules(cfg)
     check_monitor(cfg)
+    check_allow_changes(cfg)
     check_batch_size(cfg)
     if isinstance(cfg, ILQLConfig):
         check_reward_function(cfg)

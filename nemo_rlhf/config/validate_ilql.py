@@ -1,4 +1,4 @@
-"""Rules between keys of ILQL."""
+"""Rules between the keys of ILQL."""
 
 from __future__ import annotations
 

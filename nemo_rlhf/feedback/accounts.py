@@ -64,9 +64,17 @@ def signed_in(store: Store, run_id: int, annotator_id: int, token_id: str) -> Ac
         row = connection.execute(
             select(Annotator).where(Annotator.run_id == run_id, Annotator.id == annotator_id)
         ).one_or_none()
-    if row is None or row.token_hash is None or not secrets.compare_digest(_token_id(row.token_hash), token_id):
+    if row is None or row.token_hash is None or not secrets.compare_digest(_token_id(row), token_id):
         return None
     return _account(row)
+
+
+def sign_out(store: Store, account: Account) -> None:
+    """End all sessions of this account, those whose cookies somebody has kept, too. Its token stays good."""
+    with store.database.write() as connection:
+        connection.execute(
+            update(Annotator).where(Annotator.id == account.id).values(sign_outs=Annotator.sign_outs + 1)
+        )
 
 
 def without_access(store: Store, run_id: int, name: str, *, simulated: bool) -> int:
@@ -109,11 +117,11 @@ def _find(connection: Connection, run_id: int, name: str) -> Any:
 
 
 def _account(row: Any) -> Account:
-    return Account(row.id, row.run_id, row.name, row.is_admin, row.simulated, _token_id(row.token_hash or ""))
+    return Account(row.id, row.run_id, row.name, row.is_admin, row.simulated, _token_id(row))
 
 
-def _token_id(token_hash: str) -> str:
-    return token_hash[:16]
+def _token_id(row: Any) -> str:
+    return f"{(row.token_hash or '')[:16]}-{row.sign_outs}"
 
 
 def _hash(token: str) -> str:

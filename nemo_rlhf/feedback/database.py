@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from sqlalchemy import Connection, Engine, create_engine, event, func, inspect, 
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, OperationalError
 
+from nemo_rlhf.config.dumping import masked
 from nemo_rlhf.feedback.tables import Base
 
 VERSION_TABLE = "feedback_version"
@@ -57,9 +59,8 @@ class Database:
             raise Unreachable(f"The store {self.shown_url} cannot be opened: {reason}.") from error
         except DatabaseError as error:
             self.engine.dispose()
-            if "not a database" in str(error.orig):
-                raise ValueError(f"{self.url.database} is not a SQLite file: name another one.") from error
-            raise
+            kind = ValueError if self.is_sqlite else Unreachable  # a server may be mended meanwhile
+            raise kind(self.reason(error)) from error
         except ValueError:
             self.engine.dispose()
             raise
@@ -67,7 +68,16 @@ class Database:
     @property
     def shown_url(self) -> str:
         """For messages: without the password."""
-        return self.url.render_as_string(hide_password=True)
+        return masked(self.url.render_as_string(hide_password=True))
+
+    def reason(self, error: DatabaseError) -> str:
+        """In one sentence, why the database refused or failed."""
+        said = " ".join(str(error.orig).split()).rstrip(".")
+        if "not a database" in said:
+            return f"{self.url.database} is not a SQLite file: name another one."
+        if self.is_sqlite and not isinstance(error, OperationalError):
+            return f"{self.url.database} is damaged ({said}): restore it from a backup, or name another file."
+        return f"The store {self.shown_url} cannot be used: {said}."
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -131,7 +141,7 @@ def parse_url(url: str) -> URL:
         try:
             parsed = make_url(url)
         except (ArgumentError, ValueError) as error:
-            raise ValueError(f"{url!r} is no URL of a store, such as sqlite:///feedback.db.") from error
+            raise ValueError(f"{masked(url)!r} is no URL of a store, such as sqlite:///feedback.db.") from error
     backend = parsed.get_backend_name()
     if backend == "postgresql":
         return parsed.set(drivername="postgresql+psycopg")
@@ -152,6 +162,9 @@ def _version(connection: Connection) -> str | None:
 
 
 def _sqlite_engine(url: URL) -> Engine:
+    with suppress(OSError):  # SQLite says it better
+        # What people wrote is nobody else's to read, unless the file's owner says otherwise.
+        os.close(os.open(str(url.database), os.O_RDWR | os.O_CREAT, 0o600))
     engine = create_engine(url, connect_args={"timeout": _BUSY_S}, pool_size=20)
 
     @event.listens_for(engine, "connect")

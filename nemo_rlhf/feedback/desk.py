@@ -20,6 +20,7 @@ from nemo_rlhf.feedback.tables import Annotator, Candidate, ComparisonRow, Promp
 LEASE_S = 600.0
 # An answer counts as settled this long after it could be taken back, for whoever took it back in the last moment.
 _GRACE_S = 1.0
+_LAST_ID = 2**31 - 1  # that PostgreSQL compares with one of its own
 _NO_LEASE: dict[str, Any] = dict.fromkeys(("lease_holder", "lease_token", "lease_swapped", "lease_from", "lease_until"))
 
 
@@ -231,7 +232,7 @@ class Desk:
     def _leased(self, connection: Connection, token: str) -> Any:
         """The task of this token, locked. It may have run out, as long as nobody else has taken the task since."""
         number = token.partition("-")[0]
-        if not number.isascii() or not number.isdecimal() or len(number) > 18:
+        if not number.isascii() or not number.isdecimal() or len(number) > 10 or int(number) > _LAST_ID:
             raise TooLate("There is no such task: go on with the next one.")
         task = connection.execute(
             select(Task).where(Task.id == int(number), Task.run_id == self.run_id).with_for_update(key_share=True)

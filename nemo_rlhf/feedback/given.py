@@ -14,6 +14,8 @@ from nemo_rlhf.feedback.records import MAX_NOTE, NewTask, check_task, check_text
 
 IMPORTED_STEP = -1
 IMPORTED = "import"  # the annotator of pairs that name none
+_LARGEST_STEP = 2**31 - 1
+_KINDS = {str: "text", int: "a whole number", bool: "true or false"}
 
 
 @dataclass(frozen=True)
@@ -118,18 +120,29 @@ def as_text(messages: Sequence[Mapping[str, Any]]) -> str:
 
 def _field(where: str, record: dict[str, Any], name: str, kind: type, default: Any) -> Any:
     value = record.get(name)
-    if value is None:
+    if value is None or (value == "" and kind is not str):  # an empty cell of a table
         return default
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f"{where}: {name} is {value!r}, and must be a {kind.__name__}.")
+        raise ValueError(f"{where}: {name} is {_brief(value)}, and must be {_KINDS[kind]}.")
+    if kind is int and abs(record[name]) > _LARGEST_STEP:
+        raise ValueError(f"{where}: {name} is {_brief(value)}, and must lie within {_LARGEST_STEP}.")
     return value
 
 
 def _number(where: str, record: dict[str, Any], name: str) -> float:
     value = record.get(name) or 0.0
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise ValueError(f"{where}: {name} is {value!r}, and must be a number, 0 or more.")
-    return float(value)
+    try:
+        number = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        number = math.inf
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{where}: {name} is {_brief(value)}, and must be a number, 0 or more.")
+    return number
+
+
+def _brief(value: Any) -> str:
+    text = ascii(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _digest(*texts: str) -> str:

@@ -79,6 +79,7 @@ class Annotator(Base):
     simulated: Mapped[bool]
     created_at: Mapped[float] = mapped_column(Float)
     revoked_at: Mapped[float | None] = mapped_column(Float)
+    sign_outs: Mapped[int] = mapped_column(Integer, server_default="0")  # each ends the sessions before it
 
 
 class Prompt(Base):

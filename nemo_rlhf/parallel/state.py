@@ -16,6 +16,7 @@ from megatron.core import parallel_state as ps
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from nemo_rlhf import device
+from nemo_rlhf.parallel import meeting
 
 _stage_control: Any = None
 _model_control: Any = None
@@ -41,7 +42,7 @@ def initialize(
     device.install()
     timeout = timedelta(seconds=timeout_s)
     if not dist.is_initialized():
-        dist.init_process_group(device.backend(), timeout=timeout)
+        meeting.join(device.backend(), timeout)
         _meet()
     world, model_ranks = dist.get_world_size(), tensor_parallel * pipeline_parallel
     if world % model_ranks:

@@ -8,6 +8,7 @@ own that it is there, and in which phase of which step. Whoever is silent for to
 from __future__ import annotations
 
 import faulthandler
+import hmac
 import json
 import os
 import secrets
@@ -21,8 +22,12 @@ from typing import Any
 
 import torch.distributed as dist
 
+from nemo_rlhf.parallel.meeting import is_loopback
+from nemo_rlhf.untrusted import parse_json
+
 _KEY = "nemo_rlhf/watch"
 _MAX_BEAT_S = 10.0
+_TOKEN_BYTES = 32  # in front of every datagram: hexadecimal digits
 _LOOK_S = 0.5  # how long the thread of rank 0 sleeps at most
 _EXIT_FAILED = 1
 
@@ -116,13 +121,12 @@ class _Watch:
 class _Leader(_Watch):
     def __init__(self, silence_s: float) -> None:
         super().__init__(silence_s)
-        family = _address(0)[0]
-        self._socket = socket.socket(family, socket.SOCK_DGRAM)
-        self._socket.bind(("", 0))
+        self._socket = _listening()
         self._socket.settimeout(min(_LOOK_S, self.beat_s))
-        self._token = secrets.token_hex(8)
+        token = secrets.token_hex(_TOKEN_BYTES // 2)
+        self._token = token.encode()
         self._heard: dict[int, tuple[float, str, str]] = {}  # when, on which node, where it was
-        _store().set(_KEY, json.dumps({"port": self._socket.getsockname()[1], "token": self._token}))
+        _store().set(_KEY, json.dumps({"port": self._socket.getsockname()[1], "token": token}))
 
     def _run(self) -> None:
         with self._socket:
@@ -139,17 +143,23 @@ class _Leader(_Watch):
                     self._name(silent)
 
     def _hear(self) -> None:
+        """One sign of life. Anybody on the network may send datagrams: what does not begin with the token is not even
+        read, and nothing that is in one ends the thread."""
         try:
             data, sender = self._socket.recvfrom(4096)
-            said = json.loads(data)
-            if said["token"] != self._token:
-                return
-        except (TimeoutError, ValueError, KeyError, TypeError):  # nothing, or nothing of ours
+        except OSError:  # nothing came in time, or what was sent before could not go out
             return
-        if said["where"] is None:
-            self._heard.pop(said["rank"], None)  # it has said good-bye
+        if not hmac.compare_digest(data[:_TOKEN_BYTES], self._token):
             return
-        self._heard[said["rank"]] = (time.monotonic(), said["node"], said["where"])
+        try:
+            said = parse_json(data[_TOKEN_BYTES:], "a sign of life")
+            rank, node, place = int(said["rank"]), str(said["node"]), said["where"]
+        except Exception:  # whatever it holds is no sign of life
+            return
+        if place is None:
+            self._heard.pop(rank, None)  # it has said good-bye
+            return
+        self._heard[rank] = (time.monotonic(), node, str(place))
         with suppress(OSError):  # the way back may be gone
             self._socket.sendto(b"heard", sender)
 
@@ -195,13 +205,27 @@ class _Follower(_Watch):
             return False
 
     def _sign(self, place: str | None) -> bytes:
-        return json.dumps({"token": self._place["token"], "rank": _rank, "node": _node(), "where": place}).encode()
+        said = json.dumps({"rank": _rank, "node": _node(), "where": place})
+        return f"{self._place['token']}{said}".encode()
 
 
 def _address(port: int) -> tuple[socket.AddressFamily, Any]:
     """Of the node where rank 0 is."""
     found = socket.getaddrinfo(os.environ["MASTER_ADDR"], port, type=socket.SOCK_DGRAM)[0]
     return found[0], found[4]
+
+
+def _listening() -> socket.socket:
+    """A socket at the address by which the others know rank 0, and at no other where that can be."""
+    family, address = _address(0)
+    listener = socket.socket(family, socket.SOCK_DGRAM)
+    # A node may know its own name as an address of loopback, by which the others do not find it.
+    if is_loopback(os.environ["MASTER_ADDR"]) or not is_loopback(address[0]):
+        with suppress(OSError):  # an address that the network translates is none of this node's
+            listener.bind(address)
+            return listener
+    listener.bind(("", 0))
+    return listener
 
 
 def _store() -> Any:

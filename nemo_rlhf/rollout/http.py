@@ -10,21 +10,29 @@ import asyncio
 import json
 import os
 import random
+import re
+import stat
 import uuid
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import aiohttp
 
+from nemo_rlhf.config.dumping import masked
 from nemo_rlhf.config.sources import HttpSourceConfig
-from nemo_rlhf.rollout.named import one_line
 from nemo_rlhf.rollout.score import RewardError, Unavailable
+from nemo_rlhf.rollout.terminal import printable
+from nemo_rlhf.rollout.words import one_line
+from nemo_rlhf.untrusted import parse_json
 
 LONGEST_PAUSE_S = 30.0
 _LOOK_S = 0.2  # how often a pause is broken to see whether the run is to stop
 _AGAIN = (408, 429)  # and every 5xx
+MOST_BYTES = 1 << 26  # of an answer
+_PIECE = 1 << 16
+_BRIEF = 200  # characters of what a service says, in a sentence
+_LONGEST_URL = 4096
 
 
 class _NotNow(Exception):
@@ -51,7 +59,7 @@ class RewardService:
             RewardError: the variable that holds the token is not set.
         """
         self._config, self._is_stopping, self._limit_s = config, is_stopping, limit_s
-        self.reward_title = f"reward service {config.name} ({config.url or config.url_file})"
+        self.reward_title = f"reward service {config.name} ({masked(config.url or str(config.url_file))})"
         self._authorization = self._headers()
 
     async def __call__(
@@ -71,7 +79,9 @@ class RewardService:
         starts = iter(range(0, len(records), self._config.batch_size))
         limit = aiohttp.ClientTimeout(total=self._config.timeout_s)
         self._last_answer = self._started = monotonic()
-        async with aiohttp.ClientSession(timeout=limit, headers=self._authorization) as session:
+        # What is packed may grow a thousandfold: it is neither asked for nor unpacked.
+        headers = {**self._authorization, "Accept-Encoding": "identity"}
+        async with aiohttp.ClientSession(timeout=limit, headers=headers, auto_decompress=False) as session:
             tasks = [
                 asyncio.create_task(self._work(session, records, starts, rewards))
                 for _ in range(self._config.concurrency)
@@ -100,10 +110,15 @@ class RewardService:
                 answer = await self._attempt(session, body, headers, len(batch))
             except asyncio.TimeoutError:
                 failure = _NotNow(f"no answer within {self._config.timeout_s:g} s")
-            except (aiohttp.ClientError, OSError) as error:
-                failure = _NotNow(one_line(error))
             except _NotNow as error:
                 failure = error
+            except RewardError:
+                raise
+            except (aiohttp.ClientError, OSError, ValueError) as error:
+                said = printable(masked(one_line(error)), _BRIEF)
+                if isinstance(error, ValueError) and self._config.url is not None:
+                    raise RewardError(f"The {self.reward_title} cannot be asked at this address ({said}).") from None
+                failure = _NotNow(said)
             else:
                 self._last_answer = monotonic()
                 return answer
@@ -114,16 +129,24 @@ class RewardService:
         self, session: aiohttp.ClientSession, body: bytes, headers: dict[str, str], size: int
     ) -> list[Any]:
         async with session.post(self._url(), data=body, headers=headers, allow_redirects=False) as response:
-            text = await response.text(errors="replace")
             status = response.status
             if status in _AGAIN or status >= 500:
                 raise _NotNow(f"HTTP {status}", _seconds(response.headers.get("Retry-After")))
-        if status != 200:
-            raise RewardError(f"The {self.reward_title} refused a request with HTTP {status}: {_brief(text)}")
+            if status != 200:
+                said = printable((await response.content.read(4 * _BRIEF)).decode("utf-8", "replace"), _BRIEF)
+                raise RewardError(f"The {self.reward_title} refused a request with HTTP {status}: {said}")
+            if (packed := response.headers.get("Content-Encoding", "identity")) != "identity":
+                raise _NotNow(f"an answer that is packed ({printable(packed, 20)}), which was not asked for")
+            answer = bytearray()
+            async for piece in response.content.iter_chunked(_PIECE):
+                answer += piece
+                if len(answer) > MOST_BYTES:
+                    raise _NotNow(f"an answer of more than {MOST_BYTES >> 20} MiB")
         try:
-            rewards = json.loads(text)["rewards"]
+            rewards = parse_json(bytes(answer), "the answer")["rewards"]
         except (ValueError, KeyError, TypeError):
-            raise _NotNow(f'an answer that is not {{"rewards": [...]}}: {_brief(text)}') from None
+            said = printable(answer[: 4 * _BRIEF].decode("utf-8", "replace"), _BRIEF)
+            raise _NotNow(f'an answer that is not {{"rewards": [...]}}: {said}') from None
         if not isinstance(rewards, list) or len(rewards) != size:
             many = len(rewards) if isinstance(rewards, list) else "no list of"
             raise _NotNow(f"{many} rewards for {size} samples")
@@ -151,12 +174,24 @@ class RewardService:
         if self._config.url is not None:
             return self._config.url
         try:
-            url = Path(str(self._config.url_file)).read_text().strip()
+            # A pipe would be waited for.
+            with os.fdopen(os.open(str(self._config.url_file), os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+                if self._authorization:
+                    self._check_owner(os.fstat(file.fileno()))
+                url = file.read(_LONGEST_URL).decode("ascii", "replace").strip()
         except OSError as error:
             raise _NotNow(f"{self._config.url_file} cannot be read ({error.strerror})") from None
-        if not url.startswith(("http://", "https://")):
+        if not re.fullmatch(r"https?://[^\s/?#@\\\ufffd]+(/[!-?A-~]*)?", url):
             raise _NotNow(f"{self._config.url_file} holds no address")
         return url
+
+    def _check_owner(self, found: os.stat_result) -> None:
+        """Whoever can write the address gets the token, which goes to it. Raises RewardError where that is anybody."""
+        if found.st_uid not in (os.geteuid(), 0) or found.st_mode & stat.S_IWOTH:
+            raise RewardError(
+                f"The {self.reward_title} would send its token wherever {self._config.url_file} says, and that file "
+                "belongs to another user or can be written by all: make it your own (chmod o-w), or set url."
+            )
 
     def _headers(self) -> dict[str, str]:
         variable = self._config.token_env
@@ -165,6 +200,11 @@ class RewardService:
         token = os.environ.get(variable, "").strip()
         if not token:
             raise RewardError(f"The {self.reward_title} needs the token in ${variable}, which is not set or empty.")
+        if not re.fullmatch("[!-~]+", token):
+            raise RewardError(
+                f"The {self.reward_title} needs a token of printable ASCII characters without spaces, and ${variable} "
+                "holds others."
+            )
         return {"Authorization": f"Bearer {token}"}
 
     def _body(self, batch: list[Any]) -> bytes:
@@ -177,8 +217,3 @@ class RewardService:
 def _seconds(header: str | None) -> float:
     """Of ``Retry-After``, where it is a number; its other form, a date, is as good as nothing here."""
     return min(float(header), LONGEST_PAUSE_S) if header is not None and header.isdecimal() else 0.0
-
-
-def _brief(text: str) -> str:
-    words = " ".join(text.split())
-    return words if len(words) <= 200 else f"{words[:197]}..."

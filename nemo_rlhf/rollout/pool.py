@@ -9,6 +9,7 @@ import inspect
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import warnings
@@ -16,16 +17,20 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from multiprocessing import Pipe
 from multiprocessing.connection import wait
 from time import monotonic
 from typing import Any
 
 from nemo_rlhf.config.sources import FunctionSourceConfig
-from nemo_rlhf.rollout.named import brief
 from nemo_rlhf.rollout.score import RewardError
+from nemo_rlhf.rollout.terminal import printable
+from nemo_rlhf.rollout.words import brief
+from nemo_rlhf.untrusted import parse_json
 
 _START_S = 300.0  # that a worker may take for its imports, from a slow shared disk
+_END_S = 2.0  # that it may take to end once its connection has
+_PIECE = 1 << 16  # bytes
+_LONGEST_ANSWER = 1 << 26  # bytes: a number a token has far fewer
 
 
 class _Lost(Exception):
@@ -33,10 +38,14 @@ class _Lost(Exception):
 
 
 class _Worker:
-    """A process, the end of a pipe to it, and which sample it has until when."""
+    """A process, the end of a socket to it, and which sample it has until when.
+
+    It gets pickles and answers with lines of JSON. What a policy wrote may run in it, and owns the socket then: nothing
+    that comes from there is unpickled, and half a line is waited for no longer than a whole one.
+    """
 
     def __init__(self, greeting: bytes) -> None:
-        self.connection, theirs = Pipe()
+        self.socket, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "nemo_rlhf.rollout.pool_worker", str(theirs.fileno()), str(os.getpid())],
@@ -47,43 +56,71 @@ class _Worker:
             )
         self.is_ready = False
         self.sample: int | None = None
-        self._limit_s = _START_S
-        self.deadline = monotonic() + _START_S
-        self._send(greeting)
+        self._ask(greeting, _START_S)
 
     def hand_over(self, sample: int, call: bytes, timeout_s: float | None) -> None:
         self.sample = sample
-        self._limit_s = float("inf") if timeout_s is None else timeout_s
-        self.deadline = monotonic() + self._limit_s
-        self._send(call)
+        self._ask(call, timeout_s)
 
-    def receive(self) -> tuple[bool, Any]:
-        """What it answers. Raises _Lost, with what happened, where it has not and will not."""
+    def listen(self) -> bool:
+        """Read what has come; whether nothing more is to come before it is asked again."""
+        with suppress(BlockingIOError):
+            try:
+                piece = self.socket.recv(_PIECE, socket.MSG_DONTWAIT)
+            except ConnectionResetError:
+                piece = b""
+            self._said += piece
+            return not piece or piece.endswith(b"\n") or len(self._said) > _LONGEST_ANSWER
+        return False
+
+    def answer(self) -> tuple[bool, Any]:
+        """What it has answered. Raises _Lost, with what happened, where it has not and will not."""
+        if self._said.endswith(b"\n"):
+            return _checked(bytes(self._said))
+        if len(self._said) > _LONGEST_ANSWER:
+            raise _Lost(f"answered with more than {_LONGEST_ANSWER >> 20} MiB")
+        if self.deadline <= monotonic():
+            raise _Lost(f"took more than {self._limit_s:g} s")
         try:
-            if not self.connection.poll():
-                raise _Lost(f"took more than {self._limit_s:g} s")
-            answer: tuple[bool, Any] = self.connection.recv()
-        except (EOFError, OSError):
-            code = self._process.wait()
-            if code >= 0:
-                raise _Lost(f"ended its process with exit code {code}") from None
-            name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-            raise _Lost(f"was killed by {name}") from None
-        return answer
+            code = self._process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            raise _Lost("closed its connection") from None
+        if code >= 0:
+            raise _Lost(f"ended its process with exit code {code}")
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        raise _Lost(f"was killed by {name}")
 
     def is_alive(self) -> bool:
         return self._process.poll() is None
 
     def end(self) -> None:
         """End it, and the processes that the user's function has started."""
-        self.connection.close()
+        self.socket.close()
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
-    def _send(self, pickled: bytes) -> None:
-        with suppress(BrokenPipeError, ConnectionResetError):  # it has ended, which ``receive`` will find
-            self.connection.send_bytes(pickled)
+    def _ask(self, pickled: bytes, limit_s: float | None) -> None:
+        self._said = bytearray()
+        self._limit_s = float("inf") if limit_s is None else limit_s
+        self.deadline = monotonic() + self._limit_s
+        self.socket.settimeout(limit_s)
+        with suppress(OSError):  # it has ended, or does not listen: ``answer`` will find it
+            self.socket.sendall(pickled)
+
+
+def _checked(line: bytes) -> tuple[bool, Any]:
+    """Whether a call went well, with its reward, or a sentence of what was wrong. Raises _Lost for anything else."""
+    try:
+        is_well, said = parse_json(line, "the answer")
+    except (ValueError, TypeError):
+        is_well, said = None, None
+    if is_well is False and isinstance(said, str):
+        return False, printable(said)
+    values = said if isinstance(said, list) else [said]
+    if is_well is True and (said is None or all(type(value) in (int, float) for value in values)):
+        return True, said
+    raise _Lost("answered with something other than numbers")
 
 
 class Pool:
@@ -95,7 +132,7 @@ class Pool:
     """
 
     def __init__(self, config: FunctionSourceConfig, function: Callable[..., Any]) -> None:
-        self._config = config
+        self._config, self.function = config, function
         self.reward_title = f"reward function {config.function}"
         self.keywords = config.arguments  # as of a partial
         self.__signature__ = inspect.signature(partial(function, **config.arguments))
@@ -149,17 +186,21 @@ class Pool:
         while True:
             first = min(worker.deadline for worker in at_work)
             ready = wait(
-                [worker.connection for worker in at_work],
+                [worker.socket for worker in at_work],
                 None if first == float("inf") else max(0.0, first - monotonic()),
             )
-            found = [worker for worker in at_work if worker.connection in ready or worker.deadline <= monotonic()]
+            found = [
+                worker
+                for worker in at_work
+                if (worker.socket in ready and worker.listen()) or worker.deadline <= monotonic()
+            ]
             if found:
                 return found
 
     def _welcome(self, worker: _Worker) -> None:
         """It has made its imports, or could not."""
         try:
-            is_well, said = worker.receive()
+            is_well, said = worker.answer()
         except _Lost as lost:
             raise RewardError(f"A worker of the {self.reward_title} {lost} before it had a sample to score.") from None
         if not is_well:
@@ -169,9 +210,10 @@ class Pool:
     def _take(self, worker: _Worker, sample: int, call: dict[str, Any]) -> Any:
         """The reward of its sample; a worker that is lost is removed, and another will start in its place."""
         try:
-            is_well, said = worker.receive()
-            if is_well:
+            is_well, said = worker.answer()
+            if is_well and said is not None:
                 return said
+            said = said or "answered with something other than numbers"
         except _Lost as lost:
             said = str(lost)
             self._workers.remove(worker)

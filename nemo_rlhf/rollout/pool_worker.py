@@ -9,36 +9,45 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import inspect
+import json
 import os
+import pickle
 import signal
+import socket
 import sys
 from functools import partial
-from multiprocessing.connection import Connection
+from io import BufferedRWPair
 from typing import Any
 
-from nemo_rlhf.rollout.named import brief, load_function, one_line, plain
+from nemo_rlhf.rollout.named import load_function
+from nemo_rlhf.rollout.words import brief, one_line, plain
 
 _PR_SET_PDEATHSIG = 1
 
 
-def main(connection: Connection) -> None:
-    """Receive the function, then samples until the other end closes; answer (True, reward) or (False, what was wrong).
-    Nothing but numbers, lists of them and text goes back, so that the run never unpickles an object of the user's."""
-    name, arguments, tokenizer = connection.recv()
+def main(stream: BufferedRWPair) -> None:
+    """Read the function from ``stream``, then samples until the other end closes; answer each with a line of JSON:
+    [true, reward] or [false, what was wrong]."""
+    name, arguments, tokenizer = pickle.load(stream)
     try:
         function = partial(load_function(name), **arguments)
     except ValueError as error:
-        connection.send((False, str(error)))
+        _say(stream, False, str(error))
         return
-    connection.send((True, None))
+    _say(stream, True, None)
     while True:
         try:
-            given: dict[str, Any] = connection.recv()
+            given: dict[str, Any] = pickle.load(stream)
         except EOFError:
             return
         if tokenizer is not None:
             given["tokenizer"] = tokenizer
-        connection.send(_answer(function, given))
+        _say(stream, *_answer(function, given))
+
+
+def _say(stream: BufferedRWPair, is_well: bool, what: Any) -> None:
+    stream.write(json.dumps([is_well, what]).encode() + b"\n")
+    stream.flush()
 
 
 def _answer(function: Any, given: dict[str, Any]) -> tuple[bool, Any]:
@@ -52,10 +61,14 @@ def _answer(function: Any, given: dict[str, Any]) -> tuple[bool, Any]:
             reward = [plain(value) for value in reward]
     except Exception as error:  # whatever the user's function raises
         return False, f"raised {one_line(error)}"
-    values = reward if isinstance(reward, list) else [reward]
+    values: list[Any] = reward if isinstance(reward, list) else [reward]
     if not all(isinstance(value, (int, float)) for value in values):
         return False, f"returned {brief(returned)}, and must return a list with one reward,"
-    return True, reward
+    try:
+        numbers = [float(value) for value in values]
+    except OverflowError:
+        return False, "returned a whole number that is larger than any float"
+    return True, numbers if isinstance(reward, list) else numbers[0]
 
 
 def _die_with(parent: int) -> None:
@@ -71,4 +84,4 @@ if __name__ == "__main__":
     _die_with(int(sys.argv[2]))
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # they are the run's business
         signal.signal(number, signal.SIG_IGN)
-    main(Connection(int(sys.argv[1])))
+    main(socket.socket(fileno=int(sys.argv[1])).makefile("rwb"))

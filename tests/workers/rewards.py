@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
+import pickle
 import signal
+import struct
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -93,6 +96,34 @@ def misbehaving(outputs: list[str], scale: float = 1.0, **rest: Any) -> list[Any
         elif output == "odd":
             return [object()]
     return [scale * len(output) for output in outputs]
+
+
+def hostile(outputs: list[str], marker: str, **rest: Any) -> list[float]:
+    """What a policy's code may do that was let loose in a worker: it speaks to the run itself."""
+    connection = int(sys.argv[1])
+    said = {
+        "pickle": struct.pack("!i", len(pickled := pickle.dumps((True, _Bomb(marker))))) + pickled,
+        "pickle line": pickled + b"\n",
+        "half": b"[true, 1",
+        "escape": b'[false, "\\u001b[2Jraised"]\n',
+    }
+    if outputs[0] == "large":
+        return [10**5000]
+    if outputs[0] == "close":
+        os.close(connection)
+    elif outputs[0] in said:
+        os.write(connection, said[outputs[0]])
+    if outputs[0] in (*said, "close"):
+        time.sleep(float(HANGS_FOR))
+    return [2.0]
+
+
+class _Bomb:
+    def __init__(self, marker: str) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.marker,)
 
 
 async def slow_lengths(outputs: list[str], output_ids: list[list[int]], **rest: Any) -> list[Any]:

@@ -7,18 +7,26 @@ the session that it was made for, so no other site can send one in an annotator'
 from __future__ import annotations
 
 import hmac
+import ipaddress
+import os
+import re
 import secrets
+import socket
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import AsyncIterator, Collection
 from functools import partial
 from typing import Annotated, Any
 
 from fastapi import Form, HTTPException, Request
+from itsdangerous import SignatureExpired, TimestampSigner
 from starlette.middleware.sessions import SessionMiddleware
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_BODY = 64 * 1024  # bytes of a request
+BUSY = "Many are at it just now. What was saved is safe: go back and try again in a few seconds."
 SESSION_S = 14 * 24 * 3600
 _POLICY = "; ".join(
     [
@@ -42,6 +50,8 @@ _HEADERS = {
 }
 _NOT_KEPT = (b"cache-control", b"no-store")
 _CSRF_BYTES = 16
+_CLOCK_S = 60.0  # that clocks may differ
+_ADDRESS_CHARACTERS = 64  # a proxy may say anything
 
 
 class Headers:
@@ -60,6 +70,51 @@ class Headers:
             await send(message)
 
         await self._app(scope, receive, with_headers)
+
+
+class Hosts:
+    """Refuses (421) requests under a name that is not ours: a site of somebody else's that a resolver sent here."""
+
+    def __init__(self, app: ASGIApp, names: Collection[str]) -> None:
+        """``names``: besides addresses and what this machine calls itself."""
+        self._app = app
+        own = (socket.gethostname(), os.environ.get("SLURMD_NODENAME", ""))
+        short = (name.partition(".")[0] for name in own)
+        self._names = {name.lower().rstrip(".") for name in (*names, *own, *short, "localhost") if name}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        given = [value for name, value in scope["headers"] if name == b"host"]
+        if len(given) == 1 and self._is_ours(given[0].decode("latin-1")):
+            await self._app(scope, receive, send)
+            return
+        sentence = "This page is not served under this name: start it with --allow-host NAME.\n"
+        await PlainTextResponse(sentence, 421, {**_HEADERS, "Cache-Control": "no-store"})(scope, receive, send)
+
+    def _is_ours(self, host: str) -> bool:
+        name = re.sub(r":[0-9]{1,5}\Z", "", host).lower()
+        try:
+            ipaddress.ip_address(name.strip("[]").partition("%")[0])
+        except ValueError:
+            return name.rstrip(".") in self._names
+        return True  # no resolver has to do with it
+
+
+class Crowd:
+    """Dependency of every page: refuses (503) what comes while many requests wait for the store, so that nobody who
+    comes later is kept waiting, too. A request of which only a part has come is not counted."""
+
+    def __init__(self, most: int = 30) -> None:
+        """``most``: fewer than there are threads (40), of which one is needed for a file."""
+        self._most, self._num = most, 0
+
+    async def __call__(self) -> AsyncIterator[None]:
+        if self._num >= self._most:
+            raise HTTPException(503, BUSY, {"Retry-After": "5"})
+        self._num += 1
+        try:
+            yield
+        finally:
+            self._num -= 1
 
 
 class BodyLimit:
@@ -103,10 +158,24 @@ class Sessions:
             same_site="strict",
         )
         self._over_http, self._over_https = make(), make(https_only=True)
+        for sessions in (self._over_http, self._over_https):
+            sessions.signer = _Signer(secret)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_https = scope.get("scheme") in ("https", "wss")
+        # Whoever says so wrongly gets a cookie that is of no use to them.
+        is_https = scope.get("scheme") == "https" or (b"x-forwarded-proto", b"https") in scope["headers"]
         await (self._over_https if is_https else self._over_http)(scope, receive, send)
+
+
+class _Signer(TimestampSigner):
+    """Takes what a clock signed that is ahead of this one: that of another server, or of this one before it was set."""
+
+    def unsign(self, signed_value: Any, max_age: int | None = None, return_timestamp: bool = False) -> Any:
+        value, signed_at = super().unsign(signed_value, return_timestamp=True)
+        age = time.time() - signed_at.timestamp()
+        if max_age is not None and not -_CLOCK_S <= age <= max_age:
+            raise SignatureExpired(f"Signed {age:.0f} s ago.", payload=value, date_signed=signed_at)
+        return (value, signed_at) if return_timestamp else value
 
 
 class Attempts:
@@ -117,8 +186,9 @@ class Attempts:
         self._failed: OrderedDict[str, list[float]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def check(self, address: str) -> None:
-        """Raises HTTPException (429) once there were too many."""
+    def begin(self, address: str) -> None:
+        """Count an attempt, before it is looked at. Raises HTTPException (429) once there were too many."""
+        address = address[:_ADDRESS_CHARACTERS]
         with self._lock:
             recent = self._recent(address)
             if len(recent) >= self._limit:
@@ -126,13 +196,16 @@ class Attempts:
                 raise HTTPException(
                     429, f"Too many attempts: try again in {wait_s} seconds.", {"Retry-After": str(wait_s)}
                 )
-
-    def failed(self, address: str) -> None:
-        with self._lock:
-            self._failed[address] = [*self._recent(address), time.monotonic()]
+            self._failed[address] = [*recent, time.monotonic()]
             self._failed.move_to_end(address)
             while len(self._failed) > self._max_addresses:
                 self._failed.popitem(last=False)
+
+    def succeeded(self, address: str) -> None:
+        """The last attempt was none to be counted."""
+        with self._lock:
+            if recent := self._failed.get(address[:_ADDRESS_CHARACTERS]):
+                recent.pop()
 
     def _recent(self, address: str) -> list[float]:
         begin = time.monotonic() - self._window_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 import signal
@@ -18,10 +19,13 @@ from nemo_rlhf.config.server import is_local
 from nemo_rlhf.feedback.accounts import accounts
 from nemo_rlhf.feedback.store import Store
 from nemo_rlhf.feedback.web.app import make_app
+from nemo_rlhf.feedback.web.connections import BACKLOG, Connection, quieten
+from nemo_rlhf.feedback.web.security import Hosts
 
 EXIT_DONE, EXIT_STOPPED = 0, 75
 SECRET_VARIABLE = "NEMO_RLHF_FEEDBACK_SECRET"
 _SECRET_CHARACTERS = 32  # at least
+_LONGEST_SECRET = 4096
 _GRACE_S = 5  # for answers that are on their way when the server ends
 
 
@@ -32,7 +36,7 @@ def serve(store: Store, run_id: int, config: ServeConfig) -> int:
         ValueError: there is no secret where one is needed, or the port cannot be had.
     """
     secret = _given_secret(config) or _kept_secret(_secret_file(store, run_id))
-    app = make_app(store, run_id, secret)
+    app = Hosts(make_app(store, run_id, secret), {config.host, *config.allow_hosts})
     with _listening(config.host, config.port) as listener:
         if not any(can_sign_in for _, can_sign_in in accounts(store, run_id)):
             print("nemo-rlhf: nobody can sign in yet: invite people with nemo-rlhf feedback invite.", file=sys.stderr)
@@ -54,12 +58,16 @@ class _Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                loop="asyncio",
+                http=Connection,
+                backlog=BACKLOG,
                 log_config=None,
-                log_level="warning",
+                log_level="error",  # a warning for each odd request could fill a disk
                 access_log=False,
                 lifespan="off",
                 ws="none",
                 server_header=False,
+                proxy_headers="FORWARDED_ALLOW_IPS" in os.environ,  # anybody on this machine can send them
                 timeout_graceful_shutdown=_GRACE_S,
             )
         )
@@ -82,10 +90,18 @@ class _Server(uvicorn.Server):
         return EXIT_DONE if set(noted) <= {signal.SIGINT} else EXIT_STOPPED
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        quieten(asyncio.get_running_loop())
         await super().startup(sockets)
         host = f"[{self._host}]" if ":" in self._host else self._host
         port = self._listener.getsockname()[1]
         print(f"nemo-rlhf: the comparison page is at http://{host}:{port}/", flush=True)
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % 10 == 0:  # each second
+            for connection in list(self.server_state.connections):
+                assert isinstance(connection, Connection)
+                connection.end_if_late()
+        return await super().on_tick(counter)
 
 
 def _listening(host: str, port: int) -> socket.socket:
@@ -108,11 +124,11 @@ def _listening(host: str, port: int) -> socket.socket:
 def _given_secret(config: ServeConfig) -> str | None:
     """Of the file or else the environment. Raises ValueError where there is none and others can reach the page."""
     if config.secret_file is not None:
+        where = f"--secret-file {config.secret_file}"
         try:
-            secret = Path(config.secret_file).read_text(encoding="utf-8").strip()
+            return _long_enough(_own_secret(Path(config.secret_file), where), where)
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--secret-file {config.secret_file} cannot be read ({error}).") from None
-        return _long_enough(secret, f"--secret-file {config.secret_file}")
+            raise ValueError(f"{where} cannot be read ({error}).") from None
     if secret := os.environ.get(SECRET_VARIABLE, "").strip():
         return _long_enough(secret, SECRET_VARIABLE)
     if not is_local(config.host):
@@ -157,10 +173,17 @@ def _kept_secret(path: Path) -> str:
                 pass
             finally:
                 partial.unlink()
-        if path.stat().st_mode & 0o077:
-            raise ValueError(f"{path} signs the sessions and can be read by others: chmod 600 it, or delete it.")
-        return _long_enough(path.read_text().strip(), str(path))
-    except OSError as error:
-        raise ValueError(
-            f"{path} cannot be kept ({error.strerror}): set {SECRET_VARIABLE} or --secret-file instead."
-        ) from None
+        return _long_enough(_own_secret(path, str(path)), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be kept ({error}): set {SECRET_VARIABLE} or --secret-file instead.") from None
+
+
+def _own_secret(path: Path, where: str) -> str:
+    """What the file holds. Raises ValueError where others could read or change it."""
+    with path.open(encoding="utf-8") as file:
+        found = os.fstat(file.fileno())
+        if found.st_mode & 0o077:
+            raise ValueError(f"{where} signs the sessions and can be read by others: chmod 600 it, or make another.")
+        if found.st_uid not in (os.geteuid(), 0):
+            raise ValueError(f"{where} signs the sessions and belongs to another user: make one of your own.")
+        return file.read(_LONGEST_SECRET).strip()

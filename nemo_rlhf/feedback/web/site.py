@@ -19,6 +19,7 @@ from nemo_rlhf.feedback.store import Store
 from nemo_rlhf.feedback.web.security import Attempts, csrf_token
 
 HERE = Path(__file__).parent
+_DEPTH = 8  # of addresses that find their way back from nowhere
 
 
 class Site:
@@ -59,7 +60,7 @@ class Site:
         html = self._templates.get_template("message.html").render(
             account=None,
             view="",
-            root="../" * (request.url.path.count("/") - 1),
+            root="../" * min(request.url.path.count("/") - 1, _DEPTH),
             flash=None,
             csrf="",
             heading=heading,
@@ -81,13 +82,18 @@ def signed_in(request: Request, here: Annotated[Site, Depends(site)]) -> Account
     Raises:
         HTTPException: 401, nobody is signed in, or no longer.
     """
-    annotator_id, token_id = request.session.get("annotator"), request.session.get("token_id")
-    account = None
-    if annotator_id is not None and token_id is not None:
-        account = accounts.signed_in(here.store, here.run_id, annotator_id, token_id)
+    account = session_account(request, here)
     if account is None:
         raise HTTPException(401, "Sign in first.")
     return account
+
+
+def session_account(request: Request, here: Site) -> Account | None:
+    """Whose session this is; None: nobody's, or that of one whose access has ended or who has signed out."""
+    annotator_id, token_id = request.session.get("annotator"), request.session.get("token_id")
+    if annotator_id is None or token_id is None:
+        return None
+    return accounts.signed_in(here.store, here.run_id, annotator_id, token_id)
 
 
 def signed_in_admin(account: Annotated[Account, Depends(signed_in)]) -> Account:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from functools import lru_cache
 
 from markupsafe import Markup, escape
 
@@ -18,14 +20,19 @@ HEAD_CHARACTERS = 4000  # that are seen without asking for more
 HEAD_LINES = 60
 _TAIL = 400  # characters that are not worth hiding
 MAX_WORDS = 3000  # in both texts together; comparing more takes too long
+_MAX_MATCHES = 50_000  # pairs of equal words, one of each text: few in any prose, and what comparing takes its time for
 
-# Controls other than tab and newline, soft hyphens, zero-width and direction characters, tags, halves of surrogate
-# pairs. Joiners are left: many scripts, and emoji, are written with them.
-_INVISIBLE = re.compile(
-    "(["
-    "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
-    "\U000e0000-\U000e007f\ud800-\udfff])\\1*"
+# What shows nothing, or changes how others are shown: controls other than tab and newline, halves of surrogate pairs,
+# Unicode's Default_Ignorable_Code_Point, other format characters, fillers and blanks.
+_NOTHING = (
+    "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b\u200e\u200f"
+    "\u2028-\u202e\u2060-\u206f\u2800\u3164\ufe00-\ufe0d\ufeff\uffa0\ufff0-\ufffb\U00013430-\U0001343f"
+    "\U0001bca0-\U0001bca3\U0001d159\U0001d173-\U0001d17a\U00016fe4\U000e0000-\U000e0fff\ud800-\udfff"
 )
+# Joiners are left where a script or emoji may need them: not behind ASCII or another joiner, where they hide data. So
+# is what asks for the plain or the coloured form of a sign, behind a sign.
+_SIGNS = "#*0-9\xa9\xae\u203c-\u205f\u2070-\u27ff\u2801-\u303d\u3297\u3299\U0001f000-\U0001faff"
+_INVISIBLE = re.compile(f"([{_NOTHING}]|(?<=[\x00-\x7f\u200c\u200d])[\u200c\u200d]|(?<=[^{_SIGNS}])[\ufe0e\ufe0f])\\1*")
 # Marks that stand on the character before them, of which a stack has no end and no place to break a line.
 _MARKS = "".join(chr(code) for code in range(0x10000) if unicodedata.category(chr(code)) in ("Mn", "Me"))
 _STACK = re.compile(f"[{_MARKS}]{{8}}")
@@ -55,10 +62,12 @@ def one_line_ends(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
+@lru_cache(maxsize=128)  # a page is looked at again and again
 def differences(left: str, right: str) -> tuple[list[Span], list[Span]] | None:
     """Spans of words that only one of the two texts has; None where they are too long to compare."""
     words = [[match for match in _WORD.finditer(text) if not match[0].isspace()] for text in (left, right)]
-    if sum(map(len, words)) > MAX_WORDS:
+    counts = [Counter(word[0] for word in found) for found in words]
+    if sum(map(len, words)) > MAX_WORDS or sum(n * counts[1][word] for word, n in counts[0].items()) > _MAX_MATCHES:
         return None
     matcher = SequenceMatcher(None, [word[0] for word in words[0]], [word[0] for word in words[1]])
     spans: tuple[list[Span], list[Span]] = ([], [])
