@@ -72,7 +72,7 @@ def test_every_reader_is_guessed_and_marks_what_it_learns(
     code, text = shown(path)
     assert (code, f"read for {purpose} (so its first record says" in text) == (0, True)
     assert all(piece in text for piece in marked)
-    code, with_tokens = shown(path, f"model.restore_from={tokenizer}", purpose=purpose)
+    code, with_tokens = shown(path, f"model.tokenizer={tokenizer}", purpose=purpose)
     assert (code, f"read for {purpose}:" in with_tokens) == (0, True)
     assert ("⟦" in with_tokens) == ("⟦" in text)
 

@@ -250,7 +250,7 @@ def test_nulls_that_arrow_adds_are_not_the_users(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "tools.parquet")
     datasets.Dataset.from_list(records).save_to_disk(str(tmp_path / "tools"))
     tokenizer = make_tokenizer()
-    tokenizer.chat_template = CHAT.replace("{{ m.content }}", "{{ m.content or m.tool_calls }}")
+    tokenizer.chat_template = "{{ tools }} " + CHAT.replace("{{ m.content }}", "{{ m.content or m.tool_calls }}")
     for source in (tmp_path / "tools.parquet", tmp_path / "tools"):
         assert [record for _, record in Intake().records(source, "sft")] == records
         assert read_texts(source, tokenizer, 64, "response") == read_texts(records, tokenizer, 64, "response")

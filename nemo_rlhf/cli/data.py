@@ -179,6 +179,7 @@ def _checked(where: str, what: str, text: Any, *, may_be_empty: bool = False) ->
 
 def _in_tokens(file: str, purpose: Purpose, intake: Intake, config: DataCommandConfig) -> Seen:
     """The same as training reads it: its readers, with the tokenizer."""
+    from nemo_rlhf.convert.locate import tokenizer_directory
     from nemo_rlhf.data.dialogues import read_dialogues
     from nemo_rlhf.data.pairs import read_pairs
     from nemo_rlhf.data.prompts import read_prompts
@@ -186,7 +187,7 @@ def _in_tokens(file: str, purpose: Purpose, intake: Intake, config: DataCommandC
     from nemo_rlhf.data.texts import read_texts
     from nemo_rlhf.data.tokenizer import load_tokenizer, use_template
 
-    tokenizer = load_tokenizer(config.model.tokenizer or str(config.model.restore_from))
+    tokenizer = load_tokenizer(config.model.tokenizer or tokenizer_directory(str(config.model.restore_from)))
     use_template(tokenizer, config.data.chat_template, config.data.chat_template_kwargs)
     data, seen = config.data, Seen("tokens")
     how: dict[str, Any] = {"intake": intake}

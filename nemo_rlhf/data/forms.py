@@ -168,8 +168,9 @@ def _chat(where: str, record: Record, purpose: str) -> list[tuple[str, Record]]:
     messages = read_messages(f"{where}: {name}", record[name])
     if record.get("system") and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": record["system"]}, *messages]
-    if str(record.get("mask") or "user").lower() not in ("user", "human"):  # NeMo-Aligner's: who is not learned
-        raise ValueError(f'{where} has "mask": {record["mask"]!r}, and only what the assistant says can be learned.')
+    mask = record.get("mask")  # NeMo-Aligner's: who is not learned
+    if name == "conversations" and isinstance(mask, str) and mask.lower() not in ("", "user", "human"):
+        raise ValueError(f'{where} has "mask": {mask!r}, and only what the assistant says can be learned.')
     one: Record = {"messages": messages}
     if isinstance(record.get("functions"), list) and record.get("tools") is None:  # OpenAI's older word
         one["tools"] = [{"type": "function", "function": function} for function in record["functions"]]

@@ -33,7 +33,10 @@ def _message(where: str, index: int, given: Mapping[str, Any]) -> Message:
     if given.get("role") is None and given.get("from") is not None:
         return _shared(f"{where}, message {index}", given)
     if not isinstance(given.get("role"), str):
-        raise ValueError(f'{where} is not a list of chat messages: message {index} has no "role".')
+        raise ValueError(
+            f'{where} is not a list of chat messages: message {index} has no "role", and each must be an object with '
+            '"role" and "content".'
+        )
     return dict(given)
 
 
