@@ -85,7 +85,8 @@ def train(
     given = {name: value for name, value in arguments.items() if value is not None}
     command = _command(given, config)
     checked = _checked(command, config)
-    checked.model.restore_from = str(model_path)
+    checked.model.restore_from = _absolute(model_path)
+    arguments |= {name: _located(value) for name, value in arguments.items() if name in _DATA}
     _check_arguments(command, given, checked)
     if command != "sft":
         checked.generation.stop = [*checked.generation.stop, *stop_sequences]
@@ -95,7 +96,7 @@ def train(
 
     launch_if_needed(checked.trainer.devices, checked.trainer.num_nodes, checked.model.tensor_model_parallel_size)
     with heeded():
-        from nemo_rlhf.cli.run import result_of
+        from nemo_rlhf.cli.fit import result_of
 
         code = _run(command, checked, arguments)
     if code in _EXITS_AFTER_SAVING:
@@ -143,7 +144,7 @@ def play(
     if not isinstance(config, configuration.GenerateConfig):
         raise ValueError('play() needs a configuration from nemo_rlhf.config("generate", ...).')
     checked = copy.deepcopy(config)
-    checked.model.restore_from = str(model_path)
+    checked.model.restore_from = _absolute(model_path)
 
     from nemo_rlhf.cli.launch import launch_if_needed
 
@@ -158,6 +159,21 @@ def play(
         max_sequence_length=max_sequence_length,
         logit_mask=logit_mask,
     )
+
+
+_DATA = ("prompts", "eval_prompts", "samples", "eval_samples")
+
+
+def _absolute(path: str | Path) -> str:
+    """What is imported later may change the working directory."""
+    from nemo_rlhf.config.paths import located
+
+    return located(path)
+
+
+def _located(data: Any) -> Any:
+    """Data of ``train`` as they are, or the path of their file from the root."""
+    return _absolute(data) if isinstance(data, str | Path) and Path(data).expanduser().exists() else data
 
 
 # What goes with each of the arguments of ``train`` that say what it is to do.

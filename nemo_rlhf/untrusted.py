@@ -1,10 +1,12 @@
-"""JSON that others wrote, in files and in messages: whatever it holds, it is a value or one sentence."""
+"""What others wrote: JSON, in files and in messages, is a value or one sentence; a directory is known or left alone."""
 
 from __future__ import annotations
 
 import json
 import stat
-from pathlib import Path
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePath
 from typing import Any
 
 MAX_FILE_BYTES = 1 << 28  # an index of a million tensors has half of it
@@ -60,10 +62,11 @@ def read_json(path: Path, kind: type = dict, limit: int = MAX_FILE_BYTES) -> Any
 def read_bytes(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
     """What a small file holds. Raises ValueError as ``read_json`` does."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a device has no end, and a pipe may have no beginning
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # a device has no end, and a pipe may have no beginning
             raise ValueError(f"{path} is not a regular file: restore the file.")
         with path.open("rb") as file:
-            data = file.read(limit + 1)
+            data = file.read(min(limit, max(found.st_size, 1 << 16)) + 1)
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}).") from None
     if len(data) > limit:
@@ -84,3 +87,22 @@ def lfs_sentence(path: Path) -> str:
         f"{path} is only a git-LFS pointer, not the file itself: run `git lfs install` and `git lfs pull` in "
         f"{path.parent}, or fetch the model with `hf download`."
     )
+
+
+def stranger(directory: Path, known: Sequence[str]) -> PurePath | None:
+    """The first thing in ``directory`` that no pattern of ``known`` names, relative to it; None where all are known.
+
+    A pattern is for a file, or with ``/`` for one in a directory there; links are strangers.
+    """
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory)
+        parts = [pattern.split("/") for pattern in known]
+        if path.is_symlink() or not any(_fits(name.parts, pattern, whole=not path.is_dir()) for pattern in parts):
+            return name
+    return None
+
+
+def _fits(name: Sequence[str], pattern: Sequence[str], whole: bool) -> bool:
+    """Whether a path, or with ``whole=False`` the beginning of one, is as ``pattern`` says."""
+    right = len(name) == len(pattern) if whole else len(name) < len(pattern)
+    return right and all(map(fnmatchcase, name, pattern))

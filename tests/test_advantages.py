@@ -217,6 +217,7 @@ def test_what_does_not_go_together_is_refused(tiny: Tiny, overrides: tuple[str, 
 WORKER = "tests.workers.run_worker:runs"
 TP2 = ("model.tensor_model_parallel_size=2", "model.sequence_parallel=true")
 PP2 = ("model.pipeline_model_parallel_size=2",)
+ALL_CHANGES = "exp_manager.allow_changes=true"
 NO_VALIDATION = "trainer.val_check_interval=0"
 NO_CRITIC = (NO_VALIDATION, "ppo.samples_per_prompt=4", "ppo.num_prompts=4", "ppo.kl.coef=0.2")
 GRPO = ("ppo.advantage=grpo", *NO_CRITIC)
@@ -238,7 +239,7 @@ def place(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
         run("rloo", *RLOO),
         run("rloo_resumed", *RLOO, stop_in_step=2),
         run("rloo_resumed", *RLOO),
-        run("rloo_to_gae", copy=(str(root / "rloo_resumed"), str(root / "rloo_to_gae"))),
+        run("rloo_to_gae", ALL_CHANGES, copy=(str(root / "rloo_resumed"), str(root / "rloo_to_gae"))),
         run("cut_off", *RLOO, *short),
         run("cut_off_gae", "ppo.on_truncation=mask", NO_VALIDATION, *short),
         run("learns_grpo", *GRPO, *longer),

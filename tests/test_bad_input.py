@@ -86,12 +86,12 @@ def one_rank_cases(files: Path) -> dict[str, Case]:
             (f"model.tokenizer={files / 'more_tokens'}",), r"has 40 tokens, but .* vocabulary of 30"
         ),
         "other architecture": Case(
-            (f"model.restore_from={files / 'wider'}",),
+            (f"model.restore_from={files / 'wider'}", "exp_manager.allow_changes=true"),
             r"step_1 has another architecture than model\.restore_from",
             copy=("done", "other architecture"),
         ),
         "other tokenizer": Case(
-            (f"model.tokenizer={files / 'other_order'}",),
+            (f"model.tokenizer={files / 'other_order'}", "exp_manager.allow_changes=true"),
             r"step_1 has another tokenizer than model\.restore_from",
             copy=("done", "other tokenizer"),
         ),

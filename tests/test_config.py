@@ -25,7 +25,8 @@ from nemo_rlhf.config import (
     sampling_sweep,
 )
 from nemo_rlhf.config.commands import COMMANDS, REQUIRED
-from nemo_rlhf.config.load import GROUPS, nearest_key, schema_keys
+from nemo_rlhf.config.keys import nearest_key, schema_keys
+from nemo_rlhf.config.load import GROUPS
 from nemo_rlhf.config.validate import CHOICES, RANGES
 
 
@@ -77,9 +78,12 @@ def test_values_reach_the_dataclasses() -> None:
     assert isinstance(load("generate", required("generate")), GenerateConfig)
 
 
-@pytest.mark.parametrize("text", ["it's", "a b, [c]={d}", "back\\slash", "end\\", "\\'", '"', "x", "1", "null", ""])
+@pytest.mark.parametrize(
+    "text",
+    ["it's", "a b, [c]={d}", "back\\slash", "end\\", "\\'", '"', "x", "1", "null", "", "${x}", "\\${", "a\\\\${b} $"],
+)
 def test_quoted_text_arrives_as_it_is(text: str) -> None:
-    assert ppo(f"model.tokenizer={quoted(text)}").model.tokenizer == text
+    assert ppo(f"data.validation_prompts={quoted(text)}").data.validation_prompts == text
 
 
 def test_interpolations_are_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +201,8 @@ def test_nearest_key_of_a_known_key_is_itself() -> None:
         ("model=5", "choose one of llama3-70b"),
         ("trainer.max_steps=1,2", "trainer.max_steps=[a,b]"),
         ("trainer.max_steps", "write key=value"),
-        ("data.prompts=a=b", "quotes"),
+        ("generation.stop=[a=b]", """generation.stop='["a b"]' in a shell"""),
+        ("trainer.max_steps=(3)", "it must be an integer"),
         ("~trainer.max_steps", "would remove a key"),
     ],
 )

@@ -167,6 +167,30 @@ def test_what_an_export_replaces(file_store: Store, tmp_path: Path, monkeypatch:
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "src/thesis.tex", ".git/HEAD", "data-of-mine.arrow"])
+def test_an_export_never_replaces_what_is_beside_a_data_set(name: str, file_store: Store, tmp_path: Path) -> None:
+    run_id, out = compared(file_store), tmp_path / "set"
+    export_file(file_store, run_id, "conversational", out)
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_text("years of work")
+    with pytest.raises(ValueError, match="beside a data set, which is not replaced"):
+        export_file(file_store, run_id, "conversational", out, force=True)
+    assert (out / name).read_text() == "years of work"
+
+
+def test_an_export_replaces_no_link_and_not_where_it_runs(
+    file_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id, out = compared(file_store), tmp_path / "set"
+    export_file(file_store, run_id, "conversational", out)
+    (tmp_path / "link").symlink_to(out)
+    with pytest.raises(ValueError, match="is a link to"):
+        export_file(file_store, run_id, "conversational", tmp_path / "link", force=True)
+    monkeypatch.chdir(out)
+    with pytest.raises(ValueError, match="is where this command runs"):
+        export_file(file_store, run_id, "conversational", out, force=True)
+
+
 def test_one_annotator_says_one_thing(store: Store) -> None:
     run_id = store.run("run", create=True)
     one, other = {"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "p", "chosen": "b", "rejected": "a"}

@@ -307,3 +307,24 @@ def test_without_validation_values_are_those_of_training_at_the_end(ilql_run: Pa
     (path,) = (ilql_run / "plain" / "values").iterdir()
     assert path.name == "step_1.jsonl" and not (ilql_run / "plain" / "validation").exists()
     assert "Values at step 1" in (ilql_run / "plain" / "report.html").read_text()
+
+
+def test_a_report_that_fails_is_told_of_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemo_rlhf.cli import run
+
+    def fails(directory: Path) -> Path:
+        raise RuntimeError("no space for curves")
+
+    monkeypatch.setattr(run, "write_report", fails)
+    with pytest.warns(UserWarning, match="no space for curves"):
+        run._report(tmp_path)
+
+
+def test_a_report_shows_no_password(tmp_path: Path) -> None:
+    """Of a directory whose config.yaml has one, too."""
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "cost in $a$ per $b_$": 1.0, "val/x@t=$": 1, "val/x@t=$$": 2}\n'
+    )
+    (tmp_path / "config.yaml").write_text("store: postgresql://u:PASS@h/d\nurl: http://KEY@h/\n")
+    page = write_report(tmp_path).read_text()
+    assert "PASS" not in page and "KEY" not in page and "postgresql://u:***@h/d" in page

@@ -259,7 +259,8 @@ def test_a_job_survives_kills_and_signals(tiny: Tiny, place: Path, two_ranks: li
     """Five starts of one command; the result is that of the run nobody disturbed."""
     run_dir, hold = place / "disturbed", place / "hold"
     checkpoints, reached = run_dir / "checkpoints", hold.with_suffix(".reached")
-    arguments = tiny.ppo(run_dir, *TP2, SIX, EVERY_STEP, "trainer.devices=2", f"reward.function={REWARDS}:held")
+    secret = "exp_manager.wandb_logger_kwargs={api_key: S3CRET, dir: 'http://S3CRET@h'}"  # nothing uses it
+    arguments = tiny.ppo(run_dir, *TP2, SIX, EVERY_STEP, "trainer.devices=2", f"reward.function={REWARDS}:held", secret)
 
     def start() -> Job:
         return Job(arguments, place, REWARD_HOLD=str(hold))
@@ -310,6 +311,11 @@ def test_a_job_survives_kills_and_signals(tiny: Tiny, place: Path, two_ranks: li
     assert {path.name for path in run_dir.iterdir()} == {
         "checkpoints", "config.yaml", "logs", "metrics.jsonl", "report.html", "rollouts", "validation",
     }  # fmt: skip
+    assert "api_key: '***'" in (run_dir / "config.yaml").read_text()
+    assert (run_dir / "config.yaml").stat().st_mode & 0o777 == 0o600
+    assert "max_steps" in (run_dir / "logs" / "cmd-args.log").read_text()
+    files = [path for path in run_dir.rglob("*") if path.is_file()]
+    assert [path for path in files if b"S3CRET" in path.read_bytes()] == []
 
 
 def test_a_rank_that_fails_alone_leaves_nobody_waiting(tmp_path: Path) -> None:

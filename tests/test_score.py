@@ -50,7 +50,7 @@ def test_reward_function_is_called_once_with_texts_and_metadata():
         calls.append((samples, prompts, outputs, tokenizer, metadata))
         return [len(output) for output in outputs]
 
-    tokenizer, rollout = object(), make_rollout()
+    tokenizer, rollout = "a tokenizer", make_rollout()
     scored = score(reward, rollout, tokenizer)
     assert calls == [
         (

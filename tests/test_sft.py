@@ -149,7 +149,10 @@ def runs(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     best = (f"{params}.save_top_k=2", f"{params}.save_last_k=1", f"{params}.mode=max", "model.optim.lr=3e-2")
     for name, more in {"padded": epochs, "packed": (*epochs, "data.packing=true")}.items():
         assert main(tiny.sft(root / name, *more)) == 0
-    assert main(tiny.sft(root / "best", *best, "trainer.max_steps=6", "trainer.val_check_interval=1")) == 0
+    with_bad = root / "with_bad.jsonl"
+    with_bad.write_text(tiny.train.read_text() + '{"prompt": "a", "response": ""}\n{broken\n')
+    skip = (f"data.train={with_bad}", "data.on_error=skip")
+    assert main(tiny.sft(root / "best", *best, *skip, "trainer.max_steps=6", "trainer.val_check_interval=1")) == 0
     return root
 
 
@@ -160,6 +163,11 @@ def test_a_packed_run_logs_what_a_padded_one_does(runs: Path) -> None:
         assert one.keys() == other.keys()
         for name, value in one.items():
             assert other[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+def test_records_that_are_left_out_are_counted(runs: Path) -> None:
+    assert {row.get("data/skipped") for row in metrics_of(runs / "best") if row["step"]} == {2.0}
+    assert not any("data/skipped" in row for row in metrics_of(runs / "padded"))
 
 
 def test_the_best_checkpoints_stay_beside_the_last(runs: Path) -> None:

@@ -675,6 +675,15 @@ def test_what_cannot_be_sent(monkeypatch: pytest.MonkeyPatch) -> None:
         score(client(url="http://127.0.0.1:9/"), make_rollout("a", x=[float("nan")]), None)
 
 
+def test_messages_do_not_tell_who_asks() -> None:
+    for url in ("http://KEY:PASS@127.0.0.1:9/score", "http://KEY@127.0.0.1:9/score?token=PASS", "http://KEY:PASS@[/"):
+        with pytest.raises((ValueError, Unavailable)) as error:
+            score(client(url=url, wait_s=0.1, backoff_s=0.01), make_rollout("a"), None)
+        assert "***" in str(error.value) and "KEY" not in str(error.value) and "PASS" not in str(error.value)
+    said = refused("[{kind: http, name: a, url: 'ftp://u:PASS@h'}]")
+    assert "PASS" not in said and "no address" in said
+
+
 # ---- whole runs
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,9 @@ from nemo_rlhf.config.architecture import Architecture
 from nemo_rlhf.data.tokenizer import fingerprint
 from nemo_rlhf.models.base import NonFiniteError
 from nemo_rlhf.parallel import checkpoint, state, watch
+from nemo_rlhf.parallel.reading import load_object
+from nemo_rlhf.rollout.isolation import random_states, set_random_states
+from nemo_rlhf.untrusted import read_json
 
 _STATE, _IDENTITY = "state.pt", "identity.json"
 Metrics = dict[str, float]
@@ -47,7 +51,9 @@ class _Steps(torch.utils.data.IterableDataset):
 
 class Algorithm(LightningModule):
     """``completed_steps``: steps done, over all resumptions; ``metrics``: those of the last one; ``unvalidated``: those
-    of a step that is done and whose validation could not be."""
+    of a step that is done and whose validation could not be; ``constants``: metrics that are the same at every step;
+    ``origin``: what the run is made from, which checkpoints keep; ``gradient_norms``: of every update of the step, by
+    the role that learned."""
 
     def __init__(
         self, run_dir: Path, max_steps: int, val_check_interval: int, tokenizer: Any, tokenizer_dir: Path
@@ -59,6 +65,10 @@ class Algorithm(LightningModule):
         self.completed_steps = 0
         self.metrics: Metrics = {}
         self.unvalidated: Metrics | None = None
+        self.origin: dict[str, Any] = {}
+        self.gradient_norms: dict[str, list[float]] = {}
+        self._still: set[str] = set()  # roles of which it was said that they learned nothing
+        self.constants: Metrics = {}
 
     @abstractmethod
     def run_step(self, step: int) -> Metrics:
@@ -132,12 +142,26 @@ class Algorithm(LightningModule):
 
     def _timed(self, step: int) -> Metrics:
         watch.enter_step(step + 1)
+        self.gradient_norms.clear()
         start = time.perf_counter()
         metrics = self.run_step(step)
         device.synchronize()
         metrics["time/total_s"] = time.perf_counter() - start
+        metrics |= self.constants
         metrics["memory/peak_mib"] = float(state.max_over_data_parallel(torch.tensor(device.peak_memory_mib())))
+        self._tell_of_no_gradients(step + 1)
         return metrics
+
+    def _tell_of_no_gradients(self, step: int) -> None:
+        for role, norms in self.gradient_norms.items():
+            if not any(norms) and role not in self._still:
+                self._still.add(role)
+                warnings.warn(
+                    f"the gradient of the {role} was exactly 0 in step {step}, so that it learned nothing. Look for "
+                    "rewards that are all alike, a loss that has no use for its weights, or code that turns gradients "
+                    "off. This is said once.",
+                    stacklevel=2,
+                )
 
     def _log(self, metrics: Metrics) -> None:
         self.metrics = metrics
@@ -153,11 +177,13 @@ class Algorithm(LightningModule):
             "completed_steps": self.completed_steps,
             "unvalidated": self.unvalidated,
             "rng": torch.get_rng_state(),
+            "rng_of_people": random_states(),
             **self.loop_state(),
         }
         checkpoint.save_object(loop, directory / _STATE)
         metrics = self.metrics if self.unvalidated is None else self.unvalidated
-        identity = json.dumps({**self._identity(), "step": self.completed_steps, "metrics": metrics}, indent=1)
+        described = {**self._identity(), "step": self.completed_steps, "metrics": metrics, "origin": self.origin}
+        identity = json.dumps(described, indent=1)
 
         def write() -> None:
             (directory / _IDENTITY).write_text(identity)
@@ -170,7 +196,7 @@ class Algorithm(LightningModule):
         Raises:
             ValueError: it belongs to another model, tokenizer or algorithm.
         """
-        stored = json.loads((directory / _IDENTITY).read_text())
+        stored = read_json(directory / _IDENTITY)
         for name, value in self._identity().items():
             if stored.get(name) != value:
                 raise ValueError(
@@ -178,9 +204,10 @@ class Algorithm(LightningModule):
                     f"run was started with, or another exp_manager.explicit_log_dir."
                 )
         self.load_models(directory)
-        loop = checkpoint.load_object(directory / _STATE)
+        loop = load_object(directory / _STATE)
         self.completed_steps, self.unvalidated = loop["completed_steps"], loop["unvalidated"]
         torch.set_rng_state(loop["rng"])
+        set_random_states(loop.get("rng_of_people", {}))
         self.load_loop_state(loop)
 
     def _identity(self) -> dict[str, Any]:
@@ -199,8 +226,14 @@ class Algorithm(LightningModule):
 
 def stored_metrics(directory: Path) -> tuple[int, Metrics]:
     """Step and metrics of a checkpoint. Raises OSError, ValueError or KeyError where there is no whole one."""
-    stored = json.loads((directory / _IDENTITY).read_text())
+    stored = read_json(directory / _IDENTITY)
     return stored["step"], stored["metrics"]
+
+
+def stored_origin(directory: Path) -> dict[str, Any]:
+    """``Algorithm.origin`` of a whole checkpoint; empty where an earlier version has written it."""
+    origin: dict[str, Any] = json.loads((directory / _IDENTITY).read_text()).get("origin", {})
+    return origin
 
 
 class PhaseTimer:

@@ -30,9 +30,11 @@ class OneModel(Algorithm, Generic[Model]):
     ) -> tuple[dict[str, float], float]:
         """As ``MegatronModel.learn``; ``batch`` is what to keep for inspection where the result is not finite."""
         try:
-            return self.model.learn(microbatches, loss)
+            sums, norm = self.model.learn(microbatches, loss)
         except NonFiniteError as error:
             raise self.not_finite(error, batch) from None
+        self.gradient_norms.setdefault(self.model.role, []).append(norm)
+        return sums, norm
 
     def architecture(self) -> Architecture:
         return self.model.architecture

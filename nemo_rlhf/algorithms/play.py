@@ -12,13 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-import torch
-
 from nemo_rlhf.data.tokenizer import encode
 from nemo_rlhf.generation.engine import Engine
 from nemo_rlhf.generation.sampling import SamplingParams
 from nemo_rlhf.parallel import state
-from nemo_rlhf.rollout.named import brief, one_line, plain
+from nemo_rlhf.rollout.isolation import foreign, isolated
+from nemo_rlhf.rollout.words import brief, plain
 from nemo_rlhf.types import Episode, Prompt, Request, Sample
 
 T = TypeVar("T")
@@ -178,19 +177,17 @@ class _Table:
 
 
 def _call(what: str, function: Callable[..., T], *arguments: Any) -> T:
-    try:
-        with torch.inference_mode(False), torch.enable_grad():  # it may have a model of its own
-            return function(*arguments)
-    except Exception as error:  # whatever the user's environment raises
-        raise ValueError(f"{what} raised {one_line(error)}.") from error
+    with foreign(what):
+        return function(*arguments)
 
 
 def _from_leader(work: Callable[[], T]) -> T:
-    """What ``work`` gives on this replica's leader, or its ValueError, on every rank of the replica."""
+    """What ``work``, which is people's code, gives on this replica's leader, or its ValueError, on all its ranks."""
     result: tuple[T | None, str | None] = None, None
     if state.is_model_leader():
         try:
-            result = work(), None
+            with isolated():
+                result = work(), None
         except ValueError as error:
             result = None, str(error)
     value, failure = state.share_object(result)

@@ -31,7 +31,7 @@ from nemo_rlhf.algorithms.people import People, PreferenceStore, load_people, op
 from nemo_rlhf.algorithms.play import Environment
 from nemo_rlhf.algorithms.ppo_losses import policy_objective, value_objective
 from nemo_rlhf.algorithms.roles import open_critic, open_role, save_role
-from nemo_rlhf.algorithms.samples import rollout_records, write_records
+from nemo_rlhf.algorithms.samples import rollout_records, write_rollouts
 from nemo_rlhf.algorithms.update_log import IDLE, UpdateLog
 from nemo_rlhf.config.architecture import Architecture
 from nemo_rlhf.config.sampling import sampling_sweep
@@ -166,7 +166,7 @@ class PPO(Algorithm):
             int(experience.lengths.sum()) * metrics["epochs"] / metrics["time/update_s"]
         )
         figures = describe_samples(experience, self.config.ppo.kl.estimator)
-        write_records(self.run_dir / "rollouts" / f"step_{step + 1}.jsonl", rollout_records(scored, figures))
+        write_rollouts(self.run_dir, step + 1, rollout_records(scored, figures), self.config.ppo.keep_rollouts)
         return metrics
 
     def collect(self, step: int) -> tuple[Scored, float]:
@@ -289,10 +289,12 @@ class PPO(Algorithm):
             (microbatch,) = microbatches
             microbatches = [replace(microbatch, hidden=evaluated.hidden, said=evaluated.said)]
         try:
-            log.add(model.role, *model.learn(microbatches, loss), tokens)
+            sums, norm = model.learn(microbatches, loss)
         except NonFiniteError as error:
             kept = {name: value[rows] for name, value in batch.items()}
             raise self.not_finite(error, {**kept, "role": model.role}) from None
+        log.add(model.role, sums, norm, tokens)
+        self.gradient_norms.setdefault(model.role, []).append(norm)
 
     @contextmanager
     def _critic_on_device(self) -> Iterator[None]:

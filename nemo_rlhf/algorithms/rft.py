@@ -19,7 +19,7 @@ from nemo_rlhf.algorithms.evaluate import Rewards, evaluate, from_prompts, sampl
 from nemo_rlhf.algorithms.model_source import open_model_sources
 from nemo_rlhf.algorithms.one_model import OneModel
 from nemo_rlhf.algorithms.roles import open_role
-from nemo_rlhf.algorithms.samples import rollout_records, total_scores, write_records
+from nemo_rlhf.algorithms.samples import rollout_records, total_scores, write_rollouts
 from nemo_rlhf.algorithms.sft import token_loss
 from nemo_rlhf.config.sampling import sampling_sweep
 from nemo_rlhf.config.schema import RFTAlgorithmConfig, RFTConfig
@@ -110,7 +110,7 @@ class RFT(OneModel[PolicyModel]):
         timer.metrics["time/score_s"] = score_s
         with timer("update"):
             updated = self.update(scored, step)
-        write_records(self.run_dir / "rollouts" / f"step_{step + 1}.jsonl", rollout_records(scored))
+        write_rollouts(self.run_dir, step + 1, rollout_records(scored), rft.keep_rollouts)
         trained_tokens = updated.pop("trained_tokens")
         responses = sum(len(sample.response_ids) for sample in scored.rollout.samples)
         return {

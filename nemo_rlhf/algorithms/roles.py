@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nemo_rlhf.config.schema import DataConfig, ModelConfig, PPOModelConfig
-from nemo_rlhf.convert.load import HEADS, init_heads, load_weights, open_source
+from nemo_rlhf.convert.load import HEADS, check_source, init_heads, load_weights, open_source
 from nemo_rlhf.convert.locate import TOKENIZER, read_architecture, resolve_restore_from, tokenizer_directory
-from nemo_rlhf.convert.source import RandomSource
+from nemo_rlhf.convert.source import RandomSource, WeightSource
+from nemo_rlhf.convert.token_ids import check_ids
 from nemo_rlhf.convert.transfer import copy_tokenizer
 from nemo_rlhf.data.tokenizer import load_tokenizer, save_template, use_template
 from nemo_rlhf.models.base import DTYPES, MegatronModel
@@ -24,16 +25,11 @@ def open_tokenizer(config: ModelConfig, data: DataConfig | None = None) -> tuple
     its directory.
 
     Raises:
-        ValueError: there is none, it has more tokens than the model's vocabulary, or the chat template is none.
+        ValueError: there is none, an id of it is not in the model's vocabulary, or the chat template is none.
     """
     directory = Path(config.tokenizer) if config.tokenizer else tokenizer_directory(config.restore_from)
     tokenizer = load_tokenizer(directory)
-    vocab_size = read_architecture(config.restore_from).vocab_size
-    if len(tokenizer) > vocab_size:
-        raise ValueError(
-            f"the tokenizer in {directory} has {len(tokenizer)} tokens, but the model in {config.restore_from} has a "
-            f"vocabulary of {vocab_size}: name its own tokenizer in model.tokenizer."
-        )
+    check_ids(tokenizer, directory, read_architecture(config.restore_from).vocab_size, config.restore_from)
     if data is not None:
         use_template(tokenizer, data.chat_template, data.chat_template_kwargs)
     return tokenizer, directory
@@ -44,7 +40,7 @@ def open_role(kind: type[Role], config: ModelConfig, source: str, precision: str
     that the source does not have start anew; ``sizes`` are fields of ``Architecture`` that say how large they are.
 
     Raises:
-        ValueError: there is no model, it does not fit the cut, or it lacks what the role needs.
+        ValueError: there is no model, it is damaged, does not fit the cut, or lacks what the role needs.
     """
     stored = read_architecture(source)
     if "value" in stored.heads and kind.role != "critic":
@@ -56,16 +52,21 @@ def open_role(kind: type[Role], config: ModelConfig, source: str, precision: str
                 f"the heads in {source} have {name}={getattr(stored, name)}, and {value} is asked for: use the sizes "
                 "that it was trained with."
             )
+    form, directory = resolve_restore_from(source)
+    weights: WeightSource | None = None
+    if config.init == "random" and source == config.restore_from:
+        weights = RandomSource(stored, seed)
+    elif form == "hf":
+        weights = open_source(source)
+        check_source(weights, stored, critic=kind.role == "critic")
     dtype = str(DTYPES[precision]).removeprefix("torch.")
     model = kind(config, replace(stored, **sizes, heads=kind.heads, dtype=dtype), precision)
-    form, directory = resolve_restore_from(source)
     init_heads(model.gpt, seed)
-    if config.init == "random" and source == config.restore_from:
-        load_weights(model.gpt, RandomSource(stored, seed), stored)
-    elif form == "hf":
-        load_weights(model.gpt, open_source(source), stored)
+    if weights is not None:
+        load_weights(model.gpt, weights, stored)
     else:
         missing = () if has_heads else [name for name, _ in model.gpt.named_parameters() if name.startswith(HEADS)]
+        checkpoint.verify_weights(directory)
         checkpoint.load_model(model.gpt, directory, missing=missing)
     if not has_heads:
         model.gpt.start_value_trunk()

@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from os.path import expanduser
 from typing import Any, NoReturn
 
 from nemo_rlhf.cli import help_text
@@ -109,22 +110,32 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         sub.add_argument("--config", metavar="FILE", help="yaml file laid over the defaults, yours or a shipped one")
     generate = command("generate", "responses of a model to a file of prompts", help_text.GENERATE, _generate)
     generate.add_argument("checkpoint", metavar="CKPT_DIR", help="Megatron checkpoint or Hugging Face directory")
-    generate.add_argument("--prompts", metavar="FILE", required=True, help="jsonl file or datasets directory")
+    generate.add_argument("--prompts", metavar="FILE", required=True, help="file of prompts")
     generate.add_argument("--out", metavar="FILE", required=True, help="jsonl file to write")
     serve = command("serve-reward", "a reward model that answers over HTTP", help_text.SERVE_REWARD, _serve_reward)
     serve.add_argument("checkpoint", metavar="CKPT_DIR", help="reward model: Megatron checkpoint or Hugging Face")
     plan = command("plan", "how to cut a model over a cluster, and what that takes", help_text.PLAN, _plan)
     plan.add_argument("--config", metavar="FILE", help="yaml file laid over the defaults")
     plan.add_argument("--top", type=int, default=3, metavar="N", help="plans to show (default: %(default)s)")
-    plan.add_argument("--write", metavar="FILE", help="yaml file for the --config of the command that is planned for")
+    plan.add_argument(
+        "--write", type=expanduser, metavar="FILE", help="yaml file for the --config of the command that is planned for"
+    )
+    data = command("data", "what a file of records holds, and what is learned from it", help_text.DATA, _data)
+    data.add_argument("file", type=expanduser, metavar="FILE", help="file, pattern, datasets directory or hub name")
+    data.add_argument(
+        "--for",
+        dest="purpose",
+        choices=["sft", "prompts", "pairs", "scores", "dialogues"],
+        help="what it is meant for (default: what its first record is good for)",
+    )
     slurm = command("slurm", "the job script of a command, for SLURM", help_text.SLURM, _slurm)
     _slurm_arguments(slurm)
-    with_overrides = {**training, "generate": generate, "serve-reward": serve, "plan": plan}
+    with_overrides = {**training, "generate": generate, "serve-reward": serve, "plan": plan, "data": data}
     for sub in with_overrides.values():
         sub.add_argument("overrides", metavar="key=value", nargs="*", help="configuration keys, as in Hydra")
 
     report = command("report", "one HTML page of a run: curves, samples, timings", help_text.REPORT, _report)
-    report.add_argument("run_dir", metavar="RUN_DIR", help="exp_manager.explicit_log_dir of the run")
+    report.add_argument("run_dir", type=expanduser, metavar="RUN_DIR", help="exp_manager.explicit_log_dir of the run")
 
     feedback = command("feedback", "people compare the policy's answers", help_text.FEEDBACK, run_feedback)
     add_ways(feedback)
@@ -138,7 +149,7 @@ def _slurm_arguments(slurm: _Parser) -> None:
     slurm.add_argument("words", metavar="key=value", nargs="*", help="the command's own words, and slurm.* keys")
     slurm.add_argument("--cluster", metavar="FILE", help="yaml file of the cluster, yours or a shipped one")
     slurm.add_argument("--config", metavar="FILE", help="as of the command itself")
-    slurm.add_argument("--out", metavar="FILE", help="file for the script, which is printed otherwise")
+    slurm.add_argument("--out", type=expanduser, metavar="FILE", help="file for the script, which is printed otherwise")
     slurm.add_argument("--after", metavar="JOB", help="number of a job that must have ended well before")
     how = slurm.add_mutually_exclusive_group()
     how.add_argument("--submit", action="store_true", help="submit it, and print the number of the job")
@@ -157,7 +168,7 @@ def _convert_parsers(convert: _Parser) -> None:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         for place in places:
-            sub.add_argument(place.lower(), metavar=place, help="directory")
+            sub.add_argument(place.lower(), type=expanduser, metavar=place, help="directory")
         return sub
 
     to_megatron = way("import", "convert Hugging Face to Megatron", "HF_DIR", "CKPT_DIR")
@@ -169,7 +180,9 @@ def _convert_parsers(convert: _Parser) -> None:
         sub.add_argument("--force", action="store_true", help="replace what is there, once the new one is whole")
         sub.add_argument("--workers", type=int, default=1, metavar="N", help="processes that share the work")
     verify = way("verify", "run both and compare; exit code 1 when they disagree", "HF_DIR", "CKPT_DIR")
-    verify.add_argument("--prompts", metavar="FILE", help="jsonl file to compare on (default: random tokens)")
+    verify.add_argument(
+        "--prompts", type=expanduser, metavar="FILE", help="jsonl file to compare on (default: random tokens)"
+    )
     way("inspect", "say what a checkpoint of either format holds", "CKPT_DIR")
 
 
@@ -220,6 +233,15 @@ def _plan(options: argparse.Namespace) -> int:
     cfg = load("plan", options.overrides, config_file=options.config)
     print(run_plan(cfg, options.top, options.write and Path(options.write)), end="")
     return EXIT_DONE
+
+
+def _data(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from nemo_rlhf.cli.data import run_data
+    from nemo_rlhf.config import load
+
+    return run_data(options.file, load("data", options.overrides), options.purpose, Console(highlight=False))
 
 
 def _slurm(options: argparse.Namespace) -> int:

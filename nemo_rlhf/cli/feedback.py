@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,9 +45,11 @@ def add_ways(feedback: argparse.ArgumentParser) -> None:
 
     _serve_arguments(way("serve", "the page on which people compare answers"))
     add_import = way("import", "take pairs into the store")
-    add_import.add_argument("file", metavar="FILE", help="jsonl file or datasets directory of pairs")
+    add_import.add_argument("file", type=expanduser, metavar="FILE", help="jsonl file or datasets directory of pairs")
     export = way("export", "write what was compared as pairs")
-    export.add_argument("out", metavar="OUT", help=".jsonl file, or a directory without suffix, for datasets")
+    export.add_argument(
+        "out", type=expanduser, metavar="OUT", help=".jsonl file, or a directory without suffix, for datasets"
+    )
     export.add_argument(
         "--form",
         default="pairs",
@@ -86,9 +89,14 @@ def _serve_arguments(serve: argparse.ArgumentParser) -> None:
         "--host", default=defaults.host, help="address to listen on; others than this machine's need a secret"
     )
     serve.add_argument("--port", type=int, default=defaults.port, help="0: a free one (default: %(default)s)")
-    serve.add_argument("--guidelines", metavar="FILE.md", help="what annotators are told, in place of what they were")
     serve.add_argument(
-        "--secret-file", metavar="FILE", help="signs the sessions (default: of NEMO_RLHF_FEEDBACK_SECRET, or made)"
+        "--guidelines", type=expanduser, metavar="FILE.md", help="what annotators are told, in place of what they were"
+    )
+    serve.add_argument(
+        "--secret-file",
+        type=expanduser,
+        metavar="FILE",
+        help="signs the sessions (default: of NEMO_RLHF_FEEDBACK_SECRET, or made)",
     )
     serve.add_argument(
         "--allow-host",
@@ -146,7 +154,7 @@ def _serve(store: Store, options: argparse.Namespace) -> int:
 
 
 def _import(store: Store, options: argparse.Namespace) -> int:
-    from nemo_rlhf.data.records import read_records
+    from nemo_rlhf.data.files import read_records
     from nemo_rlhf.feedback.exchange import import_pairs
     from nemo_rlhf.feedback.given import read_pair
 

@@ -87,6 +87,16 @@ Every key with its default is in {conf}/plan.yaml; how it counts is in docs/plan
 
 """
 
+DATA = """\
+examples:
+  nemo-rlhf data train.jsonl
+  nemo-rlhf data pairs.parquet --for pairs model.restore_from=/models/llama-sft
+  nemo-rlhf data gsm8k.jsonl.gz 'data.fields={prompt: question, response: answer}'
+
+Every key with its default is in {conf}/data.yaml; the forms of records are in docs/data.md.
+
+"""
+
 SLURM = """\
 examples:
   nemo-rlhf slurm ppo --cluster my_cluster.yaml --config examples/llama3_70b_ppo trainer.num_nodes=16 \\

@@ -25,6 +25,7 @@ from nemo_rlhf.cli import environment
 
 EXIT_STOPPED = 75  # a rank stopped by a signal after it saved
 EXIT_UNAVAILABLE = 69  # the same, because a source of rewards stayed away
+EXIT_FAILED = 1
 EXIT_WRONG_INPUT = 2
 _AGREED = (EXIT_UNAVAILABLE, EXIT_STOPPED)  # codes with which ranks end together
 
@@ -201,6 +202,8 @@ def _report(ranks: Sequence[subprocess.Popen[bytes]], culprit: int) -> int:
     if code == EXIT_WRONG_INPUT and culprit == 0:
         return code
     how = f"ended with exit code {code}"
+    if code not in (EXIT_FAILED, EXIT_WRONG_INPUT):
+        how += " (none of nemo-rlhf's own: code that runs in its process has likely called sys.exit or os._exit)"
     if code < 0:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
         how = f"was killed by {name}"

@@ -58,6 +58,7 @@ def draw(panel: Panel | Histogram) -> str:
     style: dict[Any, Any] = {
         "svg.hashsalt": salt,
         "svg.fonttype": "none",
+        "text.parse_math": False,  # names are people's, and may have two $
         "font.size": 9,
         "text.color": _GREY,
         "axes.labelcolor": _GREY,

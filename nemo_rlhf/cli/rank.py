@@ -40,6 +40,10 @@ def begin(model: BaseModelConfig, trainer: HardwareConfig, seed: int) -> None:
         expert_parallel=model.expert_model_parallel_size,
     )
     torch.set_float32_matmul_precision(trainer.matmul_precision)  # containers may have allowed TF32
+    # and a script that calls nemo_rlhf.train() may have set others, for a model of its own
+    torch.set_grad_enabled(True)
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
     watch.start(trainer.heartbeat_timeout_s)
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)

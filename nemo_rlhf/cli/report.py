@@ -19,6 +19,7 @@ from typing import Any
 from nemo_rlhf.cli.plots import Curve, Histogram, Panel, draw
 from nemo_rlhf.cli.report_samples import rollouts_section, validation_section
 from nemo_rlhf.cli.samples import VALUES, number, read_jsonl, sample_files
+from nemo_rlhf.config.dumping import masked
 
 PAGE_NAME = "report.html"
 
@@ -216,5 +217,5 @@ def _config(directory: Path) -> str:
     path = directory / "config.yaml"
     if not path.is_file():
         return ""
-    text = html.escape(path.read_text(encoding="utf-8"))
+    text = html.escape(masked(path.read_text(encoding="utf-8")))  # of a run that did not mask it
     return f"<h2>Configuration</h2><details><summary>config.yaml</summary><pre>{text}</pre></details>"

@@ -1,21 +1,16 @@
-"""From a configuration to a finished run: data, algorithm, Lightning's trainer, NeMo's exp_manager, exit code."""
+"""From a configuration to a finished run: reads the data, and makes the algorithm that ``fit`` runs."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Trainer
-from nemo.utils.exp_manager import exp_manager
-from omegaconf import OmegaConf
 
-from nemo_rlhf import device
-from nemo_rlhf.algorithms.base import Algorithm, Metrics, stored_metrics
+from nemo_rlhf.algorithms.base import Algorithm
 from nemo_rlhf.algorithms.evaluate import sample
 from nemo_rlhf.algorithms.ilql import ILQL, ILQLInputs
 from nemo_rlhf.algorithms.play import Environment, play
@@ -23,25 +18,16 @@ from nemo_rlhf.algorithms.ppo import PPO, PPOInputs
 from nemo_rlhf.algorithms.reward import PairTraining, ScoreTraining
 from nemo_rlhf.algorithms.rft import RFT, RFTInputs
 from nemo_rlhf.algorithms.roles import open_role, open_tokenizer
+from nemo_rlhf.algorithms.samples import METADATA, beside_ours
 from nemo_rlhf.algorithms.sft import SFT
 from nemo_rlhf.cli import stop
-from nemo_rlhf.cli.callbacks import (
-    Checkpoints,
-    Progress,
-    StopSignals,
-    newest_whole_checkpoint,
-    remove_unfinished,
-    stored_checkpoints,
-)
-from nemo_rlhf.cli.loggers import JsonlLogger
+from nemo_rlhf.cli.fit import EXIT_DONE, fit
 from nemo_rlhf.cli.people import open_store
-from nemo_rlhf.cli.rank import begin, end, kernels
-from nemo_rlhf.cli.report import write_report
-from nemo_rlhf.config import dump
+from nemo_rlhf.cli.rank import begin, end
+from nemo_rlhf.cli.run_directory import Code, Data
 from nemo_rlhf.config.environment import check_given_environment
 from nemo_rlhf.config.sampling import sampling_values
 from nemo_rlhf.config.schema import (
-    ExpManagerConfig,
     GenerateConfig,
     ILQLConfig,
     ModelConfig,
@@ -54,23 +40,21 @@ from nemo_rlhf.config.schema import (
 from nemo_rlhf.config.sources import read_sources
 from nemo_rlhf.convert.locate import read_architecture
 from nemo_rlhf.data.dialogues import read_dialogues, standardise
+from nemo_rlhf.data.files import Source
+from nemo_rlhf.data.intake import Intake
 from nemo_rlhf.data.pairs import read_pairs
 from nemo_rlhf.data.prompts import read_prompts, share_fields
-from nemo_rlhf.data.records import Source
 from nemo_rlhf.data.scores import read_scores
 from nemo_rlhf.data.texts import read_texts
 from nemo_rlhf.generation.engine import Engine
 from nemo_rlhf.generation.sampling import SamplingParams
 from nemo_rlhf.models.ilql import ILQLModel
 from nemo_rlhf.models.policy import PolicyModel
-from nemo_rlhf.parallel.strategy import MegatronStrategy
 from nemo_rlhf.rollout.collect import make_requests
 from nemo_rlhf.rollout.named import load_function
-from nemo_rlhf.rollout.score import RewardFunction, Unavailable
+from nemo_rlhf.rollout.score import RewardFunction
 from nemo_rlhf.rollout.sources import CalledSource, open_sources
 from nemo_rlhf.types import Episode
-
-EXIT_DONE, EXIT_UNAVAILABLE, EXIT_STOPPED = 0, 69, 75
 
 
 def run_ppo(
@@ -95,13 +79,15 @@ def run_ppo(
         env = load_function(config.environment.function, "environment.function")
     if env is None:
         store = open_store(config)
-        online = _online(config, reward_fn, prompts, validation_prompts, metric_fn)
+        intake = _intake(config)
+        online = _online(config, intake, reward_fn, prompts, validation_prompts, metric_fn)
         inputs = PPOInputs(**online, store=store, stopping=stop.noted)
     else:
+        intake = Intake()
         begin(config.model, config.trainer, config.seed)
         tokenizer, tokenizer_dir = open_tokenizer(config.model, config.data)
         inputs = PPOInputs(tokenizer, tokenizer_dir, env=env, metric_fn=metric_fn)
-    return _fit(PPO(config, inputs), config)
+    return fit(_counted(PPO(config, inputs), intake), config, *_made_of(inputs))
 
 
 def run_rft(
@@ -113,11 +99,38 @@ def run_rft(
     metric_fn: Callable[..., dict[str, Any]] | None = None,
 ) -> int:
     """Run RFT; as ``run_ppo``."""
-    return _fit(RFT(config, RFTInputs(**_online(config, reward_fn, prompts, validation_prompts, metric_fn))), config)
+    intake = _intake(config)
+    inputs = RFTInputs(**_online(config, intake, reward_fn, prompts, validation_prompts, metric_fn))
+    return fit(_counted(RFT(config, inputs), intake), config, *_made_of(inputs))
+
+
+def _made_of(inputs: PPOInputs | RFTInputs) -> tuple[Data, Code]:
+    sources = {f"reward function {source.name or ''}".rstrip(): source.reward_fn for source in inputs.sources}
+    environment = {"environment": inputs.env} if isinstance(inputs, PPOInputs) else {}
+    data = {"training": inputs.prompts, "validation": inputs.validation_prompts}
+    return data, {**sources, **environment, "metric function": inputs.metric_fn}
+
+
+def _intake(config: TrainingConfig | GenerateConfig) -> Intake:
+    return Intake(config.data.fields, config.data.on_error)  # type: ignore[arg-type]
+
+
+def _counted(algorithm: Algorithm, intake: Intake) -> Algorithm:
+    """The algorithm with what was left out of its data among its metrics."""
+    if intake.on_error == "skip":
+        algorithm.constants["data/skipped"] = float(len(intake.refused))
+    return algorithm
+
+
+def _read(reader: Callable[..., Any], given: Source | None, configured: str | None, *how: Any, **more: Any) -> Any:
+    """What ``reader`` makes of the records given in Python, or else of those that the configuration names."""
+    source = configured if given is None else given
+    return () if source is None else reader(source, *how, **more)
 
 
 def _online(
     config: PPOConfig | RFTConfig,
+    intake: Intake,
     reward_fn: RewardFunction | None,
     prompts: Source | None,
     validation_prompts: Source | None,
@@ -128,12 +141,10 @@ def _online(
     begin(config.model, config.trainer, config.seed)
     tokenizer, tokenizer_dir = open_tokenizer(config.model, config.data)
 
-    def read(source: Source | None) -> Any:
-        return read_prompts(source, tokenizer, config.data.max_prompt_length) if source is not None else ()
-
+    how = (tokenizer, config.data.max_prompt_length)
     training, validation = share_fields(
-        read(prompts if prompts is not None else config.data.prompts),
-        read(validation_prompts if validation_prompts is not None else config.data.validation_prompts),
+        _read(read_prompts, prompts, config.data.prompts, *how, intake=intake),
+        _read(read_prompts, validation_prompts, config.data.validation_prompts, *how, intake=intake),
     )
     return {
         "tokenizer": tokenizer,
@@ -158,17 +169,12 @@ def run_sft(config: SFTConfig, *, train: Source | None = None, validation: Sourc
     begin(config.model, config.trainer, config.seed)
     tokenizer, tokenizer_dir = open_tokenizer(config.model, config.data)
 
-    data = config.data
-
-    def read(source: Source | None, top_percent: float = 100.0) -> Any:
-        if source is None:
-            return ()
-        limit, train_on = data.max_sequence_length, data.train_on
-        return read_texts(source, tokenizer, limit, train_on, top_percent=top_percent)  # type: ignore[arg-type]
-
-    texts = read(train if train is not None else data.train, data.top_percent)
-    validation_texts = read(validation if validation is not None else data.validation)
-    return _fit(SFT(config, tokenizer, tokenizer_dir, texts, validation_texts), config)
+    data, intake = config.data, _intake(config)
+    how = (tokenizer, data.max_sequence_length, data.train_on)
+    texts = _read(read_texts, train, data.train, *how, top_percent=data.top_percent, intake=intake)
+    validation_texts = _read(read_texts, validation, data.validation, *how, intake=intake)
+    algorithm = _counted(SFT(config, tokenizer, tokenizer_dir, texts, validation_texts), intake)
+    return fit(algorithm, config, {"training": texts, "validation": validation_texts}, {})
 
 
 def run_ilql(
@@ -186,29 +192,29 @@ def run_ilql(
         reward_fn = load_function(config.reward.function)
     begin(config.model, config.trainer, config.seed)
     tokenizer, tokenizer_dir = open_tokenizer(config.model, config.data)
-    data = config.data
-
-    def read(source: Source | None, given: Sequence[Any] | None = None) -> Any:
-        if source is None:
-            return ()
-        limit, too_long = data.max_sequence_length, data.too_long
-        return read_dialogues(source, tokenizer, limit, rewards=given, too_long=too_long)  # type: ignore[arg-type]
-
-    dialogues, held_out = read(train if train is not None else data.train, rewards), read(data.validation)
+    data, intake = config.data, _intake(config)
+    how: dict[str, Any] = {"too_long": data.too_long, "intake": intake}
+    limit = data.max_sequence_length
+    dialogues = _read(read_dialogues, train, data.train, tokenizer, limit, rewards=rewards, **how)
+    held_out = _read(read_dialogues, None, data.validation, tokenizer, limit, **how)
     if data.standardise_rewards:
         dialogues, held_out = standardise(dialogues, held_out)
-    prompts = validation_prompts if validation_prompts is not None else data.validation_prompts
+    limit = data.max_prompt_length
+    prompts = _read(read_prompts, validation_prompts, data.validation_prompts, tokenizer, limit, intake=intake)
     inputs = ILQLInputs(
         tokenizer=tokenizer,
         tokenizer_dir=tokenizer_dir,
         dialogues=dialogues,
         validation_dialogues=held_out,
-        validation_prompts=() if prompts is None else read_prompts(prompts, tokenizer, data.max_prompt_length),
+        validation_prompts=prompts,
         reward_fn=reward_fn,
         metric_fn=metric_fn,
         logit_mask=None if logit_mask is None else torch.as_tensor(logit_mask),
     )
-    return _fit(ILQL(config, inputs), config)
+    held_out = [*held_out, *inputs.validation_prompts]
+    code = {"reward function": reward_fn, "metric function": metric_fn}
+    algorithm = _counted(ILQL(config, inputs), intake)
+    return fit(algorithm, config, {"training": dialogues, "validation": held_out}, code)
 
 
 def run_reward(config: RewardModelConfig) -> int:
@@ -217,17 +223,19 @@ def run_reward(config: RewardModelConfig) -> int:
     tokenizer, tokenizer_dir = open_tokenizer(config.model, config.data)
     regression = config.reward_model.loss == "regression"
     kind, read = (ScoreTraining, read_scores) if regression else (PairTraining, read_pairs)
-    limit, data = config.data.max_sequence_length, config.data
-    examples: Any = read(str(data.train), tokenizer, limit)
-    held_out: Any = read(data.validation, tokenizer, limit) if data.validation else ()
-    return _fit(kind(config, tokenizer, tokenizer_dir, examples, held_out), config)
+    limit, data, intake = config.data.max_sequence_length, config.data, _intake(config)
+    examples = _read(read, None, data.train, tokenizer, limit, intake=intake)
+    held_out = _read(read, None, data.validation, tokenizer, limit, intake=intake)
+    algorithm = _counted(kind(config, tokenizer, tokenizer_dir, examples, held_out), intake)
+    return fit(algorithm, config, {"training": examples, "validation": held_out}, {})
 
 
 def run_generate(config: GenerateConfig) -> int:
     """Write one response for each prompt to ``config.out``, as jsonl in the order of the prompts."""
     begin(config.model, config.trainer, 0)
     tokenizer, _ = open_tokenizer(ModelConfig(**vars(config.model)), config.data)
-    prompts = read_prompts(str(config.data.prompts), tokenizer, config.data.max_prompt_length)
+    limit = config.data.max_prompt_length
+    prompts = read_prompts(str(config.data.prompts), tokenizer, limit, intake=_intake(config))
     model = _open_sampler(config)
     longest = model.architecture.max_position_embeddings
     engine = Engine(model.gpt, tokenizer, num_slots=config.generation.num_slots, max_sequence_length=longest)
@@ -238,13 +246,9 @@ def run_generate(config: GenerateConfig) -> int:
         partial = out.with_name(out.name + ".partial")
         with partial.open("w") as file:
             for one in samples:
-                record = {
-                    **one.prompt.metadata,
-                    "prompt": one.prompt.text,
-                    "response": one.text,
-                    "finish_reason": one.finish_reason,
-                }
-                file.write(json.dumps(record, default=str) + "\n")
+                ours = {"prompt": one.prompt.text, "response": one.text, "finish_reason": one.finish_reason}
+                fields = beside_ours(one.prompt.metadata, (*ours, METADATA))
+                file.write(json.dumps({**fields, **ours}, default=str) + "\n")
         partial.replace(out)
     return end(EXIT_DONE)
 
@@ -282,88 +286,3 @@ def _open_sampler(config: GenerateConfig) -> PolicyModel | ILQLModel:
     if "ilql" in read_architecture(source).heads:
         kind = ILQLModel
     return open_role(kind, ModelConfig(**vars(config.model)), source, config.trainer.precision, 0)
-
-
-def result_of(run_dir: Path) -> tuple[Metrics, Path]:
-    """Metrics of a finished run's last step and its last checkpoint."""
-    last = stored_checkpoints(run_dir)[-1]
-    return stored_metrics(last)[1], last
-
-
-def _add_loggers(trainer: Trainer, run_dir: Path, config: ExpManagerConfig) -> None:
-    exp_manager(
-        trainer,
-        OmegaConf.create(
-            {
-                # a directory of its own: at every start it moves the files of the one before into logs/run_N
-                "explicit_log_dir": str(run_dir / "logs"),
-                "create_checkpoint_callback": False,  # NeMo's reads steps from file names and cannot skip a damaged one
-                "create_tensorboard_logger": config.create_tensorboard_logger,
-                "summary_writer_kwargs": {"sub_dir": "../tensorboard"},
-                "create_wandb_logger": config.create_wandb_logger,
-                "wandb_logger_kwargs": config.wandb_logger_kwargs,
-                "log_step_timing": False,
-                "seconds_to_sleep": 0,
-            }
-        ),
-    )
-
-
-def _fit(algorithm: Algorithm, config: TrainingConfig) -> int:
-    run_dir = algorithm.run_dir
-    if not config.exp_manager.resume_if_exists and stored_checkpoints(run_dir):
-        raise ValueError(
-            f"{run_dir} holds checkpoints of an earlier run: set exp_manager.resume_if_exists=true to continue it, or "
-            f"choose another exp_manager.explicit_log_dir."
-        )
-    metrics = JsonlLogger(run_dir)
-    stopping = StopSignals()
-    saving = config.exp_manager.checkpoint_callback_params
-    checkpoints = Checkpoints(run_dir, saving, stopping)
-    show_samples_every = config.ppo.show_samples_every if isinstance(config, PPOConfig) else 0
-    progress = [Progress(run_dir, show_samples_every)] if config.trainer.enable_progress_bar else []
-    trainer = Trainer(
-        accelerator="gpu" if device.is_cuda() else "cpu",
-        devices=config.trainer.devices,
-        num_nodes=config.trainer.num_nodes,
-        strategy=MegatronStrategy(config.trainer.timeout_s, async_save=saving.async_save),
-        max_steps=algorithm.max_steps,
-        max_epochs=-1,
-        limit_val_batches=0,  # an algorithm validates inside its step
-        log_every_n_steps=config.trainer.log_every_n_steps,
-        logger=False,
-        enable_checkpointing=True,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        callbacks=[stopping, checkpoints, *progress],
-    )
-    _add_loggers(trainer, run_dir, config.exp_manager)
-    trainer.loggers = [metrics, *trainer.loggers]
-    resume = newest_whole_checkpoint(run_dir) if config.exp_manager.resume_if_exists else None
-    remove_unfinished(run_dir)
-    done = int(resume.name.removeprefix("step_")) if resume else -1
-    metrics.rewind(done)
-    if dist.get_rank() == 0:
-        used = kernels(config.model, config.trainer)
-        (run_dir / "config.yaml").write_text(f"# {used}\n{dump(config)}")
-    code, said = EXIT_DONE, ""
-    with stop.heeded():
-        try:
-            trainer.fit(algorithm, ckpt_path=resume)
-        except Unavailable as error:
-            code = EXIT_UNAVAILABLE
-            said = f"{error} Steps done and saved: {algorithm.completed_steps}; the same command goes on from there."
-        else:
-            if not algorithm.metrics:  # nothing was left to do
-                said = f"{run_dir} has all {done} steps; raise trainer.max_steps (or max_epochs) to go on."
-    if stopping.requested and (code or algorithm.completed_steps < algorithm.max_steps):
-        code = EXIT_STOPPED
-        after = f"step {algorithm.completed_steps}, which is saved" if algorithm.completed_steps else "no step"
-        said = said or f"{stopping.requested.name} ended the run after {after}; the same command goes on from there."
-    if dist.get_rank() == 0:
-        if said:
-            print(f"nemo-rlhf: {said}", file=sys.stderr)
-        if metrics.path.exists():
-            write_report(run_dir)
-    return end(code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_rlhf.config import load
+from nemo_rlhf.config.dumping import write_private
 from nemo_rlhf.config.slurm import SlurmSectionConfig
 from nemo_rlhf.launch.slurm import Job, render
 
@@ -44,8 +46,7 @@ def run_slurm(options: Namespace) -> str:
         out = Path(options.out)
         if not out.parent.is_dir():
             raise ValueError(f"--out={out}: there is no directory {out.parent}, create it first.")
-        out.write_text(script)
-        out.chmod(0o755)
+        write_private(out, script, 0o700)  # it holds what slurm.environment does
         shown = f"{out}\n"
     if options.test_only:
         done = _sbatch(script, "--test-only")
@@ -66,18 +67,19 @@ def _cluster(words: Sequence[str], file: str | None) -> tuple[SlurmSectionConfig
                 f"There is no configuration key {key}: nodes, processes and GPUs of the job are trainer.num_nodes and "
                 "trainer.devices of its command."
             )
-    return load("slurm", ours, config_file=file).slurm, [word for word in words if word not in ours]
+    return load("slurm", ours, config_file=file, absolute=False).slurm, [word for word in words if word not in ours]
 
 
 def _training(name: str, overrides: list[str], options: Namespace, slurm: SlurmSectionConfig) -> Job:
-    cfg: Any = load(options.command, overrides, config_file=options.config)
+    # relative paths stay relative, to the directory where the job is submitted
+    cfg: Any = load(options.command, overrides, config_file=options.config, absolute=False)
     devices = cfg.trainer.devices
     config = [] if options.config is None else [f"--config={options.config}"]
     return Job(
         name=name,
         command=["nemo-rlhf", options.command, *config, *overrides],
         reads=cfg.model.restore_from,
-        writes=cfg.exp_manager.explicit_log_dir,
+        writes=_as_operand(cfg.exp_manager.explicit_log_dir),
         num_nodes=cfg.trainer.num_nodes,
         num_local=devices,
         gpus=devices if slurm.gpus else 0,
@@ -97,17 +99,24 @@ def _conversion(name: str, words: list[str], options: Namespace, slurm: SlurmSec
     return Job(
         name=name,
         command=["nemo-rlhf", "convert", *words, f"--workers={slurm.cpus_per_task or 1}"],
-        reads=words[1],
-        writes=str(Path(words[2]).parent),
+        reads=os.path.expanduser(words[1]),
+        writes=_as_operand(str(Path(words[2]).expanduser().parent)),
         after=options.after,
     )
+
+
+def _as_operand(path: str) -> str:
+    """``path`` in a form that no program takes for an option."""
+    return f"./{path}" if path.startswith("-") else path
 
 
 def _sbatch(script: str, option: str) -> subprocess.CompletedProcess[str]:
     """Raises ValueError with SLURM's own words when it refuses the script."""
     if shutil.which("sbatch") is None:
         raise ValueError("There is no sbatch on this machine: write the script with --out, and submit it from another.")
-    done = subprocess.run(["sbatch", option], input=script, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["sbatch", option], input=script, capture_output=True, encoding="utf-8", errors="replace", check=False
+    )
     if done.returncode != 0:
         raise ValueError(f"SLURM refuses the job: {' '.join(_said(done).replace('error: ', '').split())}")
     return done

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_rlhf.config.load import config_directory, dump, load, quoted
+from nemo_rlhf.config.dumping import dump
+from nemo_rlhf.config.load import config_directory, load
+from nemo_rlhf.config.overrides import quoted
 from nemo_rlhf.config.sampling import sampling_sweep, sampling_values
 from nemo_rlhf.config.schema import (
     Config,

@@ -8,7 +8,26 @@ from typing import Any, Literal
 
 import yaml
 
+from nemo_rlhf.untrusted import read_bytes
+
 FILE_NAME = "model_config.yaml"
+MAX_PARTS = 100_000  # layers times experts: a table of more may not fit in memory
+_MAX_BYTES = 1 << 24
+_NUMBERS = {  # and the least that each may be
+    "num_layers": 1,
+    "hidden_size": 1,
+    "ffn_hidden_size": 1,
+    "num_attention_heads": 1,
+    "num_query_groups": 1,
+    "kv_channels": 1,
+    "vocab_size": 1,
+    "max_position_embeddings": 1,
+    "num_experts": 0,
+    "experts_per_token": 0,
+    "expert_ffn_hidden_size": 0,
+    "ilql_num_q": 0,
+    "ilql_head_width": 0,
+}
 _TUPLES = ("heads", "windowed_layers", "dense_layers")
 
 
@@ -87,10 +106,36 @@ class Architecture:
         path = Path(directory) / FILE_NAME
         if not path.is_file():
             raise ValueError(f"{directory} is not a Megatron checkpoint: it has no {FILE_NAME}.")
+        content = read_bytes(path, _MAX_BYTES)
         try:
-            data = yaml.safe_load(path.read_text())
-            return cls(**{**data, **{name: tuple(data.get(name, ())) for name in _TUPLES}})
-        except (TypeError, AttributeError, yaml.YAMLError) as error:
+            data = yaml.safe_load(content)
+            found = cls(**{**data, **{name: tuple(data.get(name, ())) for name in _TUPLES}})
+            found._check()
+            return found
+        except (TypeError, AttributeError, ValueError, RecursionError, yaml.YAMLError) as error:
+            reason = (
+                " ".join(str(error).split())[:300] if not isinstance(error, RecursionError) else "nested too deeply"
+            )
             raise ValueError(
-                f"{path} does not describe a model ({error}): restore the file or convert again."
+                f"{path} does not describe a model ({reason}): restore the file or convert again."
             ) from None
+
+    def _check(self) -> None:
+        """Raises ValueError for values that no model has, of which some would take all memory."""
+        for name, least in _NUMBERS.items():
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name}={str(value)[:60]!r} must be a whole number, {least} or more")
+        if self.num_layers * max(1, self.num_experts) > MAX_PARTS:
+            raise ValueError(f"{self.num_layers} layers and {self.num_experts} experts in each are more than any has")
+        for name, kind in {
+            "family": str,
+            "dtype": str,
+            "rope": dict,
+            "hf_config": dict,
+            "tie_embeddings": bool,
+        }.items():
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"{name}={str(getattr(self, name))[:60]!r} is of another type")
+        if not all(isinstance(layer, int) for layer in (*self.windowed_layers, *self.dense_layers)):
+            raise ValueError("windowed_layers and dense_layers must be numbers")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nemo_rlhf.config.data import DataCommandConfig
 from nemo_rlhf.config.plan import PlanConfig
 from nemo_rlhf.config.schema import (
     Config,
@@ -15,7 +16,7 @@ from nemo_rlhf.config.schema import (
 )
 from nemo_rlhf.config.slurm import SlurmConfig
 
-COMMANDS: dict[str, type[Config] | type[PlanConfig] | type[SlurmConfig]] = {
+COMMANDS: dict[str, type[Config] | type[DataCommandConfig] | type[PlanConfig] | type[SlurmConfig]] = {
     "ppo": PPOConfig,
     "sft": SFTConfig,
     "ilql": ILQLConfig,
@@ -23,6 +24,7 @@ COMMANDS: dict[str, type[Config] | type[PlanConfig] | type[SlurmConfig]] = {
     "reward": RewardModelConfig,
     "generate": GenerateConfig,
     "serve-reward": ServeRewardConfig,
+    "data": DataCommandConfig,
     "plan": PlanConfig,
     "slurm": SlurmConfig,
 }
@@ -67,6 +69,7 @@ REQUIRED: dict[str, dict[str, str]] = {
         "data.prompts": "prompts.jsonl",
         "out": "responses.jsonl",
     },
+    "data": {},
     "plan": {
         "plan.model": "llama3-8b",
     },

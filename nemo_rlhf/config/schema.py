@@ -57,6 +57,7 @@ class CheckpointConfig:
 class ExpManagerConfig:
     explicit_log_dir: str = MISSING  # the run directory: checkpoints, metrics, samples, logs
     resume_if_exists: bool = True  # continue from the newest whole checkpoint in the run directory
+    allow_changes: Any = False  # to go on with other data, seeds, batches, ...: true, or the keys that may differ
     create_tensorboard_logger: bool = True  # write TensorBoard events below the run directory
     create_wandb_logger: bool = False  # log to Weights & Biases
     wandb_logger_kwargs: dict[str, Any] = field(default_factory=dict)  # project, name, ... of the W&B run
@@ -141,6 +142,7 @@ class PPOAlgorithmConfig:
     offload: list[str] = field(default_factory=list)  # kept in host memory while idle: optimizer, critic, reference
     keep_graph: bool = False  # the first minibatch learns from the forward pass of the evaluation
     show_samples_every: int = 10  # show a few samples on the terminal every this many steps; 0: never
+    keep_rollouts: int | None = None  # keep the samples of this many of the last steps in rollouts/; null: of all
     feedback: FeedbackConfig = field(default_factory=FeedbackConfig)
 
 
@@ -186,13 +188,15 @@ class GenerationConfig(SamplingConfig):
 class DataConfig:
     """What every command that reads data knows."""
 
+    fields: dict[str, str] = field(default_factory=dict)  # {prompt: question}: what the files call a field of ours
+    on_error: str = "stop"  # records that cannot be used: "stop" names them all | "skip" leaves them out, counted
     chat_template: str | None = None  # a file with a Jinja template, in place of the tokenizer's; kept in checkpoints
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # variables of the template, of every chat
 
 
 @dataclass
 class PPODataConfig(DataConfig):
-    prompts: str | None = None  # jsonl file or `datasets` directory
+    prompts: str | None = None  # file of prompts (docs/data.md)
     validation_prompts: str | None = None  # the same; null: no validation
     max_prompt_length: int = 1024  # tokens; a longer prompt is an error
     shuffle: bool = True  # a new order every epoch, from `seed`
@@ -200,7 +204,7 @@ class PPODataConfig(DataConfig):
 
 @dataclass
 class SFTDataConfig(DataConfig):
-    train: str | None = MISSING  # jsonl file or `datasets` directory
+    train: str | None = MISSING  # file of records (docs/data.md)
     validation: str | None = None  # the same; null: no validation
     max_sequence_length: int = 2048  # tokens of prompt and response
     train_on: str = "response"  # tokens that are learned: "response" | "all"
@@ -233,11 +237,12 @@ class RFTAlgorithmConfig:
     improve_steps: int = 4  # passes over a round's best responses, of which each pass takes fewer
     start_percentile: float = 0.7  # of a prompt's rewards: what the first pass learns from lies at or above it
     end_percentile: float = 0.95  # the same of the last pass; evenly between them
+    keep_rollouts: int | None = None  # as in PPO
 
 
 @dataclass
 class ILQLDataConfig(DataConfig):
-    train: str | None = MISSING  # jsonl file or `datasets` directory of scored dialogues
+    train: str | None = MISSING  # file of records (docs/data.md): scored dialogues
     validation: str | None = None  # the same, for the validation loss; null: none
     validation_prompts: str | None = None  # prompts to sample from in validation; null: none
     max_sequence_length: int = 2048  # tokens of a dialogue
@@ -254,7 +259,7 @@ class RewardModelAlgorithmConfig:
 
 @dataclass
 class RewardDataConfig(DataConfig):
-    train: str | None = MISSING  # jsonl file or `datasets` directory of compared or scored responses
+    train: str | None = MISSING  # file of records (docs/data.md): compared or scored responses
     validation: str | None = None  # the same; null: no validation
     max_sequence_length: int = 2048  # tokens of prompt and response; longer examples are left out
     shuffle: bool = True  # a new order every epoch, from `seed`
@@ -262,7 +267,7 @@ class RewardDataConfig(DataConfig):
 
 @dataclass
 class GenerateDataConfig(DataConfig):
-    prompts: str | None = MISSING  # jsonl file or `datasets` directory
+    prompts: str | None = MISSING  # file of prompts (docs/data.md)
     max_prompt_length: int = 1024  # tokens; a longer prompt is an error
 
 

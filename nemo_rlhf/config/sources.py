@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nemo_rlhf.config.dumping import masked
 from nemo_rlhf.config.keys import expected, nearest_key, schema_keys
 from nemo_rlhf.config.rules import COUNT, FUNCTION_NAME, INFINITY, NOT_NEGATIVE, POSITIVE, Rule
 from nemo_rlhf.config.schema import PPOConfig, RFTConfig
@@ -167,4 +168,4 @@ def _check_http(source: HttpSourceConfig, where: str) -> None:
     if (source.url is None) == (source.url_file is None):
         raise ValueError(f"{where} needs either url or url_file, and not both.")
     if source.url is not None and not re.match(r"https?://[^/]", source.url):
-        raise ValueError(f"{where}.url={source.url} is no address: write it whole, as http://host:8000/score.")
+        raise ValueError(f"{where}.url={masked(source.url)} is no address: write it whole, as http://host:8000/score.")

@@ -10,7 +10,9 @@ from collections.abc import Collection
 
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_rlhf.config.changes import check_allow_changes
 from nemo_rlhf.config.commands import ALTERNATIVES, REQUIRED
+from nemo_rlhf.config.data import DataCommandConfig
 from nemo_rlhf.config.environment import check_environment
 from nemo_rlhf.config.plan import PlanConfig, check_plan
 from nemo_rlhf.config.rules import (
@@ -36,6 +38,7 @@ from nemo_rlhf.config.schema import (
 from nemo_rlhf.config.server import check_server
 from nemo_rlhf.config.slurm import SlurmConfig, check_slurm
 from nemo_rlhf.config.sources import check_reward
+from nemo_rlhf.config.validate_ilql import check_ilql_validation, check_value_trunk
 from nemo_rlhf.config.validate_people import FEEDBACK_RANGES, check_feedback
 from nemo_rlhf.config.validate_ppo import (
     check_advantage,
@@ -102,6 +105,7 @@ RANGES: dict[str, Rule] = {
     "ppo.critic_warmup_steps": NOT_NEGATIVE,
     "ppo.truncation_penalty": POSITIVE,
     "ppo.show_samples_every": NOT_NEGATIVE,
+    "ppo.keep_rollouts": COUNT,
     "ilql.tau": FRACTION,
     "ilql.gamma": FRACTION,
     "ilql.beta": NOT_NEGATIVE,
@@ -116,6 +120,7 @@ RANGES: dict[str, Rule] = {
     "rft.improve_steps": COUNT,
     "rft.start_percentile": FRACTION,
     "rft.end_percentile": FRACTION,
+    "rft.keep_rollouts": COUNT,
     "environment.max_turns": COUNT,
     "environment.validation_episodes": NOT_NEGATIVE,
     "generation.num_slots": COUNT,
@@ -152,6 +157,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "reward_model.loss": ("bradley_terry", "regression"),
     "data.train_on": ("response", "all"),
     "data.too_long": ("truncate", "refuse"),
+    "data.on_error": ("stop", "skip"),
 }
 
 
@@ -187,7 +193,7 @@ def require_keys(node: DictConfig, command: str, supplied: Collection[str] = ())
             raise ValueError(f"{key} is set in the configuration and given in Python too: keep one of them.")
 
 
-def validate(cfg: Config | PlanConfig | SlurmConfig) -> None:
+def validate(cfg: Config | DataCommandConfig | PlanConfig | SlurmConfig) -> None:
     """Raises ValueError for the first rule that ``cfg`` breaks; warns of what is allowed but rarely meant."""
     if isinstance(cfg, PlanConfig):
         check_plan(cfg)
@@ -197,6 +203,8 @@ def validate(cfg: Config | PlanConfig | SlurmConfig) -> None:
         return
     check_ranges(cfg)
     check_choices(cfg)
+    if isinstance(cfg, DataCommandConfig):
+        return
     check_sampling(cfg)
     check_world_size(cfg)
     check_expert_parallel(cfg)
@@ -208,6 +216,7 @@ def validate(cfg: Config | PlanConfig | SlurmConfig) -> None:
     check_betas(cfg)
     check_schedules(cfg)
     check_monitor(cfg)
+    check_allow_changes(cfg)
     check_batch_size(cfg)
     if isinstance(cfg, ILQLConfig):
         check_reward_function(cfg)
@@ -239,14 +248,14 @@ def data_parallel_size(cfg: Config) -> int:
     return world_size // (model.tensor_model_parallel_size * model.pipeline_model_parallel_size)
 
 
-def check_ranges(cfg: Config) -> None:
+def check_ranges(cfg: Config | DataCommandConfig) -> None:
     for key, (words, holds) in RANGES.items():
         value = value_of(cfg, key)
         if value is not None and not holds(value):
             raise ValueError(f"{key}={value} is out of range: it must be {words}.")
 
 
-def check_choices(cfg: Config) -> None:
+def check_choices(cfg: Config | DataCommandConfig) -> None:
     for key, choices in CHOICES.items():
         if not has_key(cfg, key) or value_of(cfg, key) in choices:
             continue
@@ -341,22 +350,6 @@ def check_percentiles(cfg: RFTConfig) -> None:
     if start > end:
         raise ValueError(
             f"rft.start_percentile={start} is above rft.end_percentile={end}: the percentile rises, lower the former."
-        )
-
-
-def check_ilql_validation(cfg: ILQLConfig) -> None:
-    if cfg.reward.function is not None and cfg.data.validation_prompts is None:
-        raise ValueError(
-            f"reward.function={cfg.reward.function} scores samples of validation, but data.validation_prompts is null: "
-            "name prompts, or leave the function out."
-        )
-
-
-def check_value_trunk(cfg: ILQLConfig) -> None:
-    if cfg.ilql.value_trunk and cfg.ilql.detach_heads:
-        raise ValueError(
-            "ilql.detach_heads=true would leave the trunk of ilql.value_trunk=true untaught, and the policy's learns "
-            "nothing from the heads anyway: leave one of the two out."
         )
 
 

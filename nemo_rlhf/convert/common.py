@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_rlhf.config.architecture import Architecture
+from nemo_rlhf.convert.fields import flag, heads, integer, number, rope_parameters, shown, told
 from nemo_rlhf.convert.mapping import EMBEDDING, OUTPUT_LAYER, GatedMLP, QueryKeyValue, Replicated, Row, Split, Stored
 from nemo_rlhf.convert.mapping import Vocabulary as Vocab
 
@@ -91,7 +92,6 @@ _DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": False,
     "initializer_range": 0.02,
 }
-_ROPE_TYPES = ("default", "linear", "llama3")
 
 
 def read_config(
@@ -115,25 +115,24 @@ def read_config(
     settings = {**_DEFAULTS, **(defaults or {}), **hf_config}
     if settings["hidden_act"] not in activations:
         names = " or ".join(map(repr, activations))
-        raise ValueError(f"config.json sets hidden_act={settings['hidden_act']!r}; in {family} models it is {names}.")
+        raise ValueError(
+            f"config.json sets hidden_act={shown(settings['hidden_act'])}; in {family} models it is {names}."
+        )
     try:
-        heads = int(settings["num_attention_heads"])
         return Architecture(
             family=family,
-            num_layers=int(settings["num_hidden_layers"]),
-            hidden_size=int(settings["hidden_size"]),
-            ffn_hidden_size=int(settings["intermediate_size"]),
-            num_attention_heads=heads,
-            num_query_groups=int(settings.get("num_key_value_heads") or heads),
-            kv_channels=int(settings.get("head_dim") or settings["hidden_size"] // heads),
-            vocab_size=int(settings["vocab_size"]),
-            max_position_embeddings=int(settings["max_position_embeddings"]),
-            layernorm_epsilon=float(settings["rms_norm_eps"]),
-            rope=rope_parameters(settings),
-            tie_embeddings=bool(settings["tie_word_embeddings"]),
-            initializer_range=float(settings["initializer_range"]),
+            num_layers=integer(settings, "num_hidden_layers"),
+            hidden_size=integer(settings, "hidden_size"),
+            ffn_hidden_size=integer(settings, "intermediate_size"),
+            vocab_size=integer(settings, "vocab_size"),
+            max_position_embeddings=integer(settings, "max_position_embeddings"),
+            layernorm_epsilon=number(settings, "rms_norm_eps"),
+            rope=rope_parameters(hf_config, (defaults or {}).get("rope_theta", 10000.0)),
+            tie_embeddings=flag(settings, "tie_word_embeddings"),
+            initializer_range=number(settings, "initializer_range"),
             dtype=stored_dtype(settings),
             hf_config=hf_config,
+            **heads(settings),
             **differences,
         )
     except KeyError as error:
@@ -144,30 +143,13 @@ def refuse(hf_config: dict[str, Any], family: str, *switches: str) -> None:
     """Raises ValueError when one of these fields is set to anything but false."""
     for key in switches:
         if hf_config.get(key):
-            value = "true" if hf_config[key] is True else repr(hf_config[key])
-            raise ValueError(f"config.json sets {key}={value}, which is not supported for {family} models.")
+            raise ValueError(
+                f"config.json sets {key}={shown(hf_config[key])}, which is not supported for {family} models."
+            )
 
 
 def stored_dtype(hf_config: Mapping[str, Any]) -> str:
-    return str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32")
-
-
-def rope_parameters(hf_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary embedding as transformers 5 writes it (``rope_parameters``), also from the older fields ``rope_theta`` and
-    ``rope_scaling``. Always has ``rope_type`` and ``rope_theta``; llama3 has all of its factors."""
-    rope = dict(hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {})
-    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
-    rope.pop("type", None)
-    rope["rope_theta"] = float(rope.get("rope_theta") or hf_config.get("rope_theta") or 10000.0)
-    if rope["rope_type"] not in _ROPE_TYPES:
-        raise ValueError(f"config.json asks for rope_type={rope['rope_type']!r}, but only {_ROPE_TYPES} are supported.")
-    needed = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
-    for key in needed[rope["rope_type"]]:
-        if key not in rope:
-            raise ValueError(f"config.json asks for rope_type={rope['rope_type']!r} without its {key!r}.")
-    if rope["rope_type"] == "llama3":
-        rope.setdefault("original_max_position_embeddings", int(hf_config.get("max_position_embeddings", 2048)))
-    return rope
+    return str(told(hf_config, "dtype", "torch_dtype") or "float32")
 
 
 def windows(hf_config: dict[str, Any], *, switch: str | None = None) -> dict[str, Any]:
@@ -180,19 +162,24 @@ def windows(hf_config: dict[str, Any], *, switch: str | None = None) -> dict[str
     Raises:
         ValueError: the fields contradict each other.
     """
-    layers = int(hf_config.get("num_hidden_layers", 0))
-    window = int(hf_config.get("sliding_window") or 0) if switch is None or hf_config.get(switch) else 0
+    layers = integer(hf_config, "num_hidden_layers") if "num_hidden_layers" in hf_config else 0
+    is_on = hf_config.get("sliding_window") is not None and (switch is None or flag(hf_config, switch))
+    window = integer(hf_config, "sliding_window", 0) if is_on else 0
     if switch is None:
         types = ["sliding_attention" if window else "full_attention"] * layers
     else:
-        first = int(hf_config.get("max_window_layers", 28))
+        first = integer({"max_window_layers": 28, **hf_config}, "max_window_layers", 0)
         types = ["sliding_attention" if window and layer >= first else "full_attention" for layer in range(layers)]
     said = hf_config.get("layer_types") or types
+    if not isinstance(said, list) or not all(isinstance(kind, str) for kind in said):
+        raise ValueError(
+            f"config.json sets layer_types={shown(said)}, which must be a list of names: restore the file."
+        )
     windowed = tuple(layer for layer, kind in enumerate(said) if kind == "sliding_attention")
     known = {"full_attention", "sliding_attention"}
     if len(said) != layers or not set(said) <= known or (windowed and not window) or (switch is None and said != types):
         raise ValueError(
-            f"config.json has layer_types={said} beside sliding_window={hf_config.get('sliding_window')} and "
+            f"config.json has layer_types={shown(said)} beside sliding_window={hf_config.get('sliding_window')} and "
             f"num_hidden_layers={layers}, which do not belong together: restore the file."
         )
     return {"sliding_window": window if windowed else None, "windowed_layers": windowed}

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from nemo_rlhf.config.architecture import Architecture
+from nemo_rlhf.convert.checkpoint import WEIGHTS
 from nemo_rlhf.convert.load import load_weights, open_source
 from nemo_rlhf.convert.locate import read_architecture, resolve_restore_from
-from nemo_rlhf.parallel import state
+from nemo_rlhf.convert.token_ids import open_tokenizer
+from nemo_rlhf.parallel import manifest, state
 from nemo_rlhf.parallel.gpt import GPT, Role, build_gpt
 
 _RANDOM_PROMPTS, _RANDOM_LENGTH = 4, 48
@@ -56,7 +58,7 @@ def verify(hf_dir: str | Path, ckpt_dir: str | Path, prompts: Sequence[str] = ()
     Raises:
         ValueError: one of the directories holds no such model, or they hold models of different shapes.
     """
-    (hf_form, hf_dir), (form, _) = resolve_restore_from(hf_dir), resolve_restore_from(ckpt_dir)
+    (hf_form, hf_dir), (form, ckpt_dir) = resolve_restore_from(hf_dir), resolve_restore_from(ckpt_dir)
     if (hf_form, form) != ("hf", "megatron"):
         raise ValueError(
             f"{hf_dir if hf_form != 'hf' else ckpt_dir} is of the other format: give HF_DIR, then CKPT_DIR."
@@ -66,6 +68,7 @@ def verify(hf_dir: str | Path, ckpt_dir: str | Path, prompts: Sequence[str] = ()
         ours, other = getattr(architecture, name), getattr(theirs, name)
         if ours != other:
             raise ValueError(f"{ckpt_dir} and {hf_dir} are different models: {name} is {ours} and {other}.")
+    manifest.check(ckpt_dir, WEIGHTS)
     tokens = _tokens(hf_dir, architecture, prompts)
     dtypes = [torch.float32, torch.bfloat16] if torch.cuda.is_available() else [torch.float32]
     return tuple(
@@ -80,9 +83,7 @@ def _tokens(hf_dir: Path, architecture: Architecture, prompts: Sequence[str]) ->
         generator = torch.Generator().manual_seed(0)
         size = (_RANDOM_PROMPTS, 1, min(_RANDOM_LENGTH, architecture.max_position_embeddings))
         return list(torch.randint(architecture.vocab_size, size, generator=generator))
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(hf_dir)
+    tokenizer = open_tokenizer(hf_dir)
     encoded = [tokenizer(prompt)["input_ids"][: architecture.max_position_embeddings] for prompt in prompts]
     if empty := [prompt for prompt, ids in zip(prompts, encoded, strict=True) if not ids]:
         raise ValueError(f"The prompt {empty[0]!r} has no tokens: give one with text.")
@@ -97,9 +98,10 @@ def _device() -> torch.device:
 def _run_hugging_face(hf_dir: Path, tokens: Sequence[Tensor], dtype: torch.dtype) -> list[_Trace]:
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(hf_dir)
+    careful = {"trust_remote_code": False, "local_files_only": True}
+    config = transformers.AutoConfig.from_pretrained(hf_dir, **careful)
     kind = getattr(transformers, config.architectures[0])
-    model = kind.from_pretrained(hf_dir, dtype=dtype).to(_device()).eval()
+    model = kind.from_pretrained(hf_dir, dtype=dtype, **careful).to(_device()).eval()
     blocks = next(m for m in model.base_model.children() if isinstance(m, torch.nn.ModuleList))
     head = model.score if hasattr(model, "score") else model.get_output_embeddings()
 

@@ -13,6 +13,8 @@ from nemo_rlhf.convert.checkpoint import CheckpointSource
 from nemo_rlhf.convert.families import weight_map
 from nemo_rlhf.convert.locate import read_architecture, resolve_restore_from, tokenizer_directory
 from nemo_rlhf.convert.source import open_hf
+from nemo_rlhf.convert.token_ids import open_tokenizer
+from nemo_rlhf.untrusted import read_json
 
 _IDENTITY = "identity.json"  # what training writes beside the models of a step
 _NOT_SHAPING = (
@@ -83,9 +85,7 @@ def _tokenizer(directory: Path) -> tuple[dict[str, Any] | None, list[Any]]:
     """What is said of the tokenizer, None where there is none; and its vocabulary."""
     if not (directory / "tokenizer_config.json").is_file():
         return None, []
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = open_tokenizer(directory)
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
     said = {
         "class": type(tokenizer).__name__,
@@ -99,7 +99,8 @@ def _tokenizer(directory: Path) -> tuple[dict[str, Any] | None, list[Any]]:
 def _step(directory: Path) -> int | None:
     """Of the training that wrote the checkpoint; None where it was converted."""
     identity = directory.parent / _IDENTITY
-    return int(json.loads(identity.read_text())["step"]) if identity.is_file() else None
+    step = read_json(identity).get("step") if identity.is_file() else None
+    return step if isinstance(step, int) else None
 
 
 def _fingerprint(architecture: Architecture, vocabulary: list[Any]) -> str:

@@ -8,41 +8,95 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nemo_rlhf.config.architecture import FILE_NAME
-from nemo_rlhf.convert.locate import CONFIG
-from nemo_rlhf.parallel.manifest import fsync
+from nemo_rlhf.convert.locate import CONFIG, TOKENIZER
+from nemo_rlhf.parallel.manifest import MANIFEST, fsync
+from nemo_rlhf.untrusted import read_json, stranger
+
+# what transformers writes for a tokenizer, whichever its kind
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "tokenization_*.py",
+    "*.model",
+    "*.tiktoken",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "additional_chat_templates/*",
+)
+GENERATION_CONFIG = "generation_config.json"
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
+_HF = (CONFIG, GENERATION_CONFIG, *_WEIGHTS, *TOKENIZER_FILES)
+_MODEL = (
+    *_HF,
+    *(f"value_trunk/{pattern}" for pattern in _HF),
+    *(f"{TOKENIZER}/{pattern}" for pattern in _HF),
+    *(f"weights/{pattern}" for pattern in (".metadata", "metadata.json", "common.pt", "*.distcp")),
+    FILE_NAME,
+    MANIFEST,
+)
 
 
-def refuse_existing(target: Path, force: bool) -> None:
-    """Raises ValueError when something is at ``target``; with ``force`` only when that is neither a model nor empty."""
+def check_target(target: Path, source: Path, force: bool) -> None:
+    """See whether a directory made of ``source`` may be put at ``target``.
+
+    Raises:
+        ValueError: it may not: something is there and ``force`` is not given, or what is there is no model or not only
+            one; ``target`` is a link, or one of the two directories lies in the other.
+    """
+    if target.is_symlink():
+        raise ValueError(f"{target} is a link to {target.readlink()}: name the directory itself, or a new one.")
+    whole, origin = target.resolve(), source.resolve()
+    if whole == origin or whole in origin.parents or origin in whole.parents:
+        raise ValueError(f"{target} and {source}, which is read, lie in each other: name another directory.")
     if not target.exists():
         return
     if not force:
         raise ValueError(f"{target} exists already: name a new directory, remove it, or replace it with --force.")
-    is_model = (target / FILE_NAME).is_file() or (target / CONFIG).is_file()
-    if not is_model and not (target.is_dir() and not any(target.iterdir())):
+    if not target.is_dir():
         raise ValueError(f"{target} holds something else than a model, which is not replaced: name a new directory.")
+    if Path.cwd().is_relative_to(whole):
+        raise ValueError(f"{target} is where this command runs, which is not replaced: name another directory.")
+    if any(target.iterdir()) and not _is_model(target):
+        raise ValueError(f"{target} holds something else than a model, which is not replaced: name a new directory.")
+    if (other := stranger(target, _MODEL)) is not None:
+        raise ValueError(
+            f"{target} holds {other} beside a model, and is not replaced with it: move that away, or name a new "
+            "directory."
+        )
+
+
+def _is_model(directory: Path) -> bool:
+    if (directory / FILE_NAME).is_file():
+        return True
+    try:
+        return bool(read_json(directory / CONFIG).get("architectures"))
+    except ValueError:
+        return False
 
 
 @contextmanager
-def new_directory(target: Path, force: bool, size: int) -> Iterator[Path]:
+def new_directory(target: Path, source: Path, force: bool, size: int) -> Iterator[Path]:
     """A directory to fill, which becomes ``target`` when the block ends well and vanishes when it does not.
 
     What a killed process left of an earlier attempt is removed first.
 
     Args:
+        source: what it is made of.
         force: an existing ``target`` is replaced, once the new one is complete.
         size: bytes that will be needed.
 
     Raises:
-        ValueError: ``target`` exists and may not be replaced, its parent cannot be written, or has too little room.
+        ValueError: as ``check_target``; or the parent of ``target`` cannot be written, or has too little room.
         OSError: a file could not be written; what was at ``target`` is untouched.
     """
-    refuse_existing(target, force)
-    target = target.absolute()
+    check_target(target, source, force)
+    target = target.resolve()
     unfinished = target.parent / f".{target.name}.unfinished"
     replaced = target.parent / f".{target.name}.replaced"
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        _remove(unfinished)
         unfinished.mkdir(parents=True)
     except OSError as error:
         raise ValueError(f"{target.parent} cannot be written to ({error.strerror}): choose another place.") from None
@@ -70,8 +124,20 @@ def _publish(unfinished: Path, target: Path, replaced: Path) -> None:
         fsync(path)
     fsync(unfinished)
     if target.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
+        _remove(replaced)
         target.rename(replaced)
-    unfinished.rename(target)
+    try:
+        unfinished.rename(target)
+    except OSError:
+        if replaced.is_dir():
+            replaced.rename(target)
+        raise
     fsync(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    _remove(replaced)
+
+
+def _remove(path: Path) -> None:
+    """What an earlier attempt has left, whatever it is."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)

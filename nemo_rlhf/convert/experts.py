@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_rlhf.convert.common import HF, MEGATRON
+from nemo_rlhf.convert.fields import integer, told
 from nemo_rlhf.convert.mapping import GatedMLP, Replicated, Row, Stored
 
 _EXPERT = MEGATRON + "mlp.experts.local_experts.{expert}."
@@ -57,9 +58,9 @@ def read_experts(settings: Mapping[str, Any], width: str, normalize: bool) -> di
         ValueError: more experts are asked for than there are, or one whose weight is always one, which megatron-core
             cannot express.
     """
-    number = int(settings["num_local_experts"] if "num_local_experts" in settings else settings["num_experts"])
-    chosen = int(settings["num_experts_per_tok"])
-    if not 1 <= chosen <= number:
+    number = integer({"num_experts": told(settings, "num_local_experts", "num_experts")}, "num_experts")
+    chosen = integer(settings, "num_experts_per_tok")
+    if chosen > number:
         raise ValueError(f"config.json sets num_experts_per_tok={chosen} of {number} experts: restore the file.")
     if chosen == 1 and normalize:
         raise ValueError(
@@ -69,6 +70,6 @@ def read_experts(settings: Mapping[str, Any], width: str, normalize: bool) -> di
     return {
         "num_experts": number,
         "experts_per_token": chosen,
-        "expert_ffn_hidden_size": int(settings[width]),
+        "expert_ffn_hidden_size": integer(settings, width),
         "normalize_expert_weights": normalize,
     }

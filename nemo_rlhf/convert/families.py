@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nemo_rlhf.config.architecture import Architecture
+from nemo_rlhf.config.architecture import MAX_PARTS, Architecture
 from nemo_rlhf.convert import gemma, gpt2, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
+from nemo_rlhf.convert.fields import integer, shown
 from nemo_rlhf.convert.mapping import EMBEDDING, Row, WeightMap
 
+_COUNTS = (("num_hidden_layers", "n_layer"), ("num_local_experts", "num_experts"))
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -48,21 +50,13 @@ _REFUSED = {
 
 def architecture_of(hf_config: dict[str, Any]) -> Architecture:
     """Read a ``config.json``. Raises ValueError with one sentence for a model that is not supported."""
-    names = hf_config.get("architectures") or []
-    supported = [name for family in FAMILIES for name in family.architectures]
-    found = [f for f in FAMILIES if len(names) == 1 and names[0] in (*f.architectures, f.classifier)]
-    if len(names) == 1 and names[0] in _REFUSED:
-        raise ValueError(_REFUSED[names[0]])
-    if not found:
-        raise ValueError(
-            f"config.json names architectures={names}, which is not supported; supported: {', '.join(supported)}, and "
-            "each family's ...ForSequenceClassification with one label."
-        )
+    family, name = _named(hf_config)
     if hf_config.get("quantization_config"):
         raise ValueError("config.json has a quantization_config: only unquantised weights can be trained, use those.")
-    architecture = found[0].architecture(hf_config)
-    if names[0] == found[0].classifier:
-        num_labels = len(hf_config.get("id2label") or (0, 1))  # two where nothing is said
+    _refuse_too_many(hf_config)
+    architecture = family.architecture(hf_config)
+    if name == family.classifier:
+        num_labels = _num_labels(hf_config)
         if num_labels != 1:
             raise ValueError(
                 f"config.json names {num_labels} labels; a reward model or critic has one: use such a model."
@@ -71,6 +65,51 @@ def architecture_of(hf_config: dict[str, Any]) -> Architecture:
     if architecture.dtype not in _DTYPES:
         raise ValueError(f"config.json names dtype={architecture.dtype!r}; supported: {', '.join(_DTYPES)}.")
     return architecture
+
+
+def _named(hf_config: dict[str, Any]) -> tuple[Family, str]:
+    """The family, and the name of its class. transformers goes by ``model_type``, which must be the same family's."""
+    names = hf_config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"config.json sets architectures={shown(names)}, which must be a list of names: restore the file."
+        )
+    supported = [name for family in FAMILIES for name in family.architectures]
+    found = [f for f in FAMILIES if len(names) == 1 and names[0] in (*f.architectures, f.classifier)]
+    if len(names) == 1 and names[0] in _REFUSED:
+        raise ValueError(_REFUSED[names[0]])
+    if not found:
+        raise ValueError(
+            f"config.json names architectures={shown(names)}, which is not supported; supported: "
+            f"{', '.join(supported)}, and each family's ...ForSequenceClassification with one label."
+        )
+    if hf_config.get("model_type") not in (None, found[0].name):
+        raise ValueError(
+            f"config.json says model_type={shown(hf_config['model_type'])} and architectures={shown(names)}, which are "
+            "different families: correct the wrong one."
+        )
+    return found[0], names[0]
+
+
+def _refuse_too_many(hf_config: dict[str, Any]) -> None:
+    """Nothing is made of a number of layers or experts that no model has: a table of them may not fit in memory."""
+    layers, experts = (max([1, *(n for n in map(hf_config.get, names) if isinstance(n, int))]) for names in _COUNTS)
+    if layers * experts > MAX_PARTS:
+        raise ValueError(f"config.json asks for {layers} layers and {experts} experts in each, which no model has.")
+
+
+def _num_labels(hf_config: dict[str, Any]) -> int:
+    labels, said = hf_config.get("id2label"), hf_config.get("num_labels")
+    if labels is not None and not isinstance(labels, dict):
+        raise ValueError(f"config.json sets id2label={shown(labels)}, which must be an object: restore the file.")
+    if labels is not None and said is not None and said != len(labels):
+        raise ValueError(
+            f"config.json says num_labels={shown(said)} and has {len(labels)} labels in id2label: correct the wrong "
+            "one."
+        )
+    if labels is not None:
+        return len(labels)
+    return integer(hf_config, "num_labels") if said is not None else 2  # as transformers
 
 
 def _family(architecture: Architecture) -> Family:

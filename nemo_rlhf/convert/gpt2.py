@@ -6,6 +6,7 @@ from typing import Any
 
 from nemo_rlhf.config.architecture import Architecture
 from nemo_rlhf.convert.common import MEGATRON, refuse, stored_dtype
+from nemo_rlhf.convert.fields import flag, head_width, integer, number, shown, told
 from nemo_rlhf.convert.mapping import (
     EMBEDDING,
     OUTPUT_LAYER,
@@ -64,29 +65,45 @@ TABLE = (
 )
 
 
+# transformers' general names for what GPT-2's config.json names otherwise
+_ALIASES = {
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_layer": "num_hidden_layers",
+    "n_positions": "max_position_embeddings",
+}
+_DEFAULTS = {"n_positions": 1024, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "initializer_range": 0.02}
+
+
 def architecture(hf_config: dict[str, Any]) -> Architecture:
     refuse(hf_config, NAME, "scale_attn_by_inverse_layer_idx", "add_cross_attention")
     if not hf_config.get("scale_attn_weights", True):
         raise ValueError(f"config.json sets scale_attn_weights=false, which is not supported for {NAME} models.")
     activation = hf_config.get("activation_function", "gelu_new")
     if activation not in ("gelu_new", "gelu_pytorch_tanh"):
-        raise ValueError(f"config.json sets activation_function={activation!r}; in {NAME} models it is 'gelu_new'.")
+        raise ValueError(
+            f"config.json sets activation_function={shown(activation)}; in {NAME} models it is 'gelu_new'."
+        )
+    settings = {**_DEFAULTS, **hf_config}
+    for name, alias in _ALIASES.items():
+        if (value := told(hf_config, alias, name)) is not None:
+            settings[name] = value
     try:
-        hidden, heads = int(hf_config["n_embd"]), int(hf_config["n_head"])
+        hidden, heads = integer(settings, "n_embd"), integer(settings, "n_head")
         return Architecture(
             family=NAME,
-            num_layers=int(hf_config["n_layer"]),
+            num_layers=integer(settings, "n_layer"),
             hidden_size=hidden,
-            ffn_hidden_size=int(hf_config.get("n_inner") or 4 * hidden),
+            ffn_hidden_size=integer(settings, "n_inner") if settings.get("n_inner") is not None else 4 * hidden,
             num_attention_heads=heads,
             num_query_groups=heads,
-            kv_channels=hidden // heads,
-            vocab_size=int(hf_config["vocab_size"]),
-            max_position_embeddings=int(hf_config.get("n_positions", 1024)),
-            layernorm_epsilon=float(hf_config.get("layer_norm_epsilon", 1e-5)),
+            kv_channels=head_width(settings, "n_embd", heads),
+            vocab_size=integer(settings, "vocab_size"),
+            max_position_embeddings=integer(settings, "n_positions"),
+            layernorm_epsilon=number(settings, "layer_norm_epsilon"),
             rope={},
-            tie_embeddings=bool(hf_config.get("tie_word_embeddings", True)),
-            initializer_range=float(hf_config.get("initializer_range", 0.02)),
+            tie_embeddings=flag(settings, "tie_word_embeddings"),
+            initializer_range=number(settings, "initializer_range"),
             dtype=stored_dtype(hf_config),
             hf_config=hf_config,
             normalization="layernorm",

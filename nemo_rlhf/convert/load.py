@@ -20,6 +20,7 @@ from nemo_rlhf.parallel.gpt import GPT
 __all__ = [
     "HEADS",
     "RandomSource",
+    "check_source",
     "init_heads",
     "load_weights",
     "open_source",
@@ -43,6 +44,17 @@ def open_source(path: str | Path) -> WeightSource:
     return open_hf(directory) if form == "hf" else CheckpointSource(directory, Architecture.load(directory))
 
 
+def check_source(source: WeightSource, architecture: Architecture, *, critic: bool) -> None:
+    """Account for every tensor of ``source`` before a model is made of what its description says.
+
+    A ``critic`` does without the output layer. Raises ValueError as ``load_weights``.
+    """
+    weights = weight_map(architecture)
+    has_own_output = OUTPUT_LAYER in weights.entries and not architecture.tie_embeddings
+    optional = weights.entries[OUTPUT_LAYER].names if critic and has_own_output else ()
+    weights.check({name: source.shape(name) for name in source.names()}, source.where, optional)
+
+
 def load_weights(model: GPT, source: WeightSource, architecture: Architecture) -> None:
     """Fill this rank's parameters of ``model`` from ``source``, a model of ``architecture``.
 
@@ -56,11 +68,8 @@ def load_weights(model: GPT, source: WeightSource, architecture: Architecture) -
     """
     assert model.config.num_layers == architecture.num_layers, "the model was built for another architecture"
     weights = weight_map(architecture)
-    critic = model.role == "critic"
-    assert critic or "value" not in architecture.heads, "a critic has no output layer"
-    has_own_output = OUTPUT_LAYER in weights.entries and not architecture.tie_embeddings
-    optional = weights.entries[OUTPUT_LAYER].names if critic and has_own_output else ()
-    weights.check({name: source.shape(name) for name in source.names()}, source.where, optional)
+    assert model.role == "critic" or "value" not in architecture.heads, "a critic has no output layer"
+    check_source(source, architecture, critic=model.role == "critic")
     cut = Cut(state.tp_rank(), state.tp_size(), model.padded_vocab_size)
     for name, parameter in _parameters(model):
         if name in weights.entries:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Protocol
 
 from nemo_rlhf.config.architecture import Architecture
+from nemo_rlhf.convert import known_names
 
 Box = tuple[slice, ...]
 Shape = tuple[int, ...]
@@ -326,6 +327,8 @@ class WeightMap:
         Raises ValueError naming the tensors that are missing, unknown or of another shape.
         """
         missing = [name for name in self.tensors if name not in shapes and name not in optional]
+        if missing and (why := known_names.reason(missing, shapes)):
+            raise ValueError(f"{where} lacks {_list(missing)}: {why}.")
         if missing:
             raise ValueError(f"{where} lacks {_list(missing)}: it is incomplete or config.json is another model's.")
         unknown = [name for name in shapes if name not in self.tensors and name not in self.tolerated]

@@ -17,12 +17,12 @@ _DEFAULTS = {
     "max_position_embeddings": 131072,
     "rms_norm_eps": 1e-5,
     "rope_theta": 1e6,
-    "num_local_experts": 8,
     "num_experts_per_tok": 2,
 }
 
 
 def architecture(hf_config: dict[str, Any]) -> Architecture:
     settings = {**_DEFAULTS, **hf_config}
+    settings.setdefault("num_local_experts", hf_config.get("num_experts", 8))
     mixture = read_experts(settings, "intermediate_size", normalize=True)
     return read_config(hf_config, NAME, defaults=_DEFAULTS, **windows(settings), **mixture)

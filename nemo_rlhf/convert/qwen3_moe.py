@@ -7,6 +7,7 @@ from typing import Any
 from nemo_rlhf.config.architecture import Architecture
 from nemo_rlhf.convert.common import ATTENTION, MLP, QK_NORM, read_config, refuse, table, windows
 from nemo_rlhf.convert.experts import experts, read_experts
+from nemo_rlhf.convert.fields import flag, integer, shown
 
 NAME = "qwen3_moe"
 ARCHITECTURES = ("Qwen3MoeForCausalLM",)
@@ -17,7 +18,6 @@ _DEFAULTS = {
     "max_position_embeddings": 32768,
     "sliding_window": 4096,
     "moe_intermediate_size": 768,
-    "num_experts": 128,
     "num_experts_per_tok": 8,
     "decoder_sparse_step": 1,
 }
@@ -26,11 +26,14 @@ _DEFAULTS = {
 def architecture(hf_config: dict[str, Any]) -> Architecture:
     refuse(hf_config, NAME, "attention_bias")
     settings = {**_DEFAULTS, **hf_config}
-    if not settings.get("use_sliding_window"):
+    settings.setdefault("num_experts", hf_config.get("num_local_experts", 128))
+    if not flag(settings, "use_sliding_window"):
         settings["sliding_window"] = None
-    dense = set(settings.get("mlp_only_layers") or ())
-    step, layers = int(settings["decoder_sparse_step"]), range(int(settings["num_hidden_layers"]))
-    mixture = read_experts(settings, "moe_intermediate_size", bool(settings.get("norm_topk_prob", False)))
+    dense = settings.get("mlp_only_layers") or []
+    if not isinstance(dense, list):
+        raise ValueError(f"config.json sets mlp_only_layers={shown(dense)}, which must be a list: restore the file.")
+    step, layers = integer(settings, "decoder_sparse_step"), range(integer(settings, "num_hidden_layers"))
+    mixture = read_experts(settings, "moe_intermediate_size", flag(settings, "norm_topk_prob"))
     mixture["dense_layers"] = tuple(layer for layer in layers if layer in dense or (layer + 1) % step)
     if len(mixture["dense_layers"]) == len(layers):
         raise ValueError(

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from nemo_rlhf.convert.files import Array
 from nemo_rlhf.convert.mapping import Shape
+from nemo_rlhf.untrusted import parse_json
 
 # in the order in which the library lays tensors out
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -36,7 +37,7 @@ def read_arrays(path: Path, ignored: Callable[[str], bool]) -> dict[str, Array]:
         raise ValueError(f"{path} is damaged ({error}): download or copy it again.") from None
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+        header = parse_json(file.read(length), str(path))
     arrays = {}
     for name, entry in header.items():
         if name == "__metadata__" or ignored(name):

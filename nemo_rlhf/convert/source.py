@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import pickle
 import re
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from nemo_rlhf.convert.families import FAMILIES, weight_map
 from nemo_rlhf.convert.files import Array
 from nemo_rlhf.convert.mapping import Box, Entry, Shape
 from nemo_rlhf.convert.safetensors_io import read_arrays
+from nemo_rlhf.untrusted import is_lfs_pointer, lfs_sentence, read_json
 
 
 class WeightSource(Protocol):
@@ -216,36 +216,49 @@ def open_hf(directory: Path) -> WeightSource:
     Raises ValueError when there are none, a file is missing or damaged, or one tensor is there twice.
     """
     directory, where = Path(directory), str(directory)
+    places = _placed(directory)
+    files = weight_files(directory) if places is None else sorted(set(places.values()))
+    if not files:
+        raise ValueError(
+            f"{directory} has no weights: neither model.safetensors nor pytorch_model.bin, single or sharded."
+        )
+    for file in files:
+        with file.open("rb") as stream:
+            if is_lfs_pointer(stream.read(64)):
+                raise ValueError(lfs_sentence(file))
+    if files[0].suffix == ".safetensors":
+        return _with_trunk_name(SafetensorsSource(files, where, places))
+    return _with_trunk_name(TorchSource(files, where))
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The file of weights in a Hugging Face directory, or their index; nothing where there are none.
+
+    Raises ValueError when there are both.
+    """
     for name in ("model.safetensors", "pytorch_model.bin"):
-        single, index = directory / name, directory / f"{name}.index.json"
-        if single.is_file() and index.is_file():
-            raise ValueError(f"{directory} holds {single.name} and {index.name}, which are two models: remove one.")
-        if not single.is_file() and not index.is_file():
-            continue
-        places = _indexed(index) if index.is_file() else None
-        files = [single] if places is None else sorted(set(places.values()))
-        if name.endswith("safetensors"):
-            return _with_trunk_name(SafetensorsSource(files, where, places))
-        return _with_trunk_name(TorchSource(files, where))
-    raise ValueError(f"{directory} has no weights: neither model.safetensors nor pytorch_model.bin, single or sharded.")
+        found = [path for path in (directory / name, directory / f"{name}.index.json") if path.is_file()]
+        if len(found) == 2:
+            raise ValueError(
+                f"{directory} holds {found[0].name} and {found[1].name}, which are two models: remove one."
+            )
+        if found:
+            return found
+    return []
 
 
-def _indexed(index: Path) -> dict[str, Path]:
-    try:
-        places = json.loads(index.read_text(), object_pairs_hook=_without_twins)["weight_map"]
-        files = {name: index.parent / file for name, file in places.items()}
-    except (json.JSONDecodeError, KeyError, AttributeError, TypeError):
-        raise ValueError(f"{index} is not an index of weight files: download it again.") from None
-    for path in sorted(set(files.values())):
-        if not path.is_file():
-            raise ValueError(f"{path} is missing, although {index.name} names it: download it again.")
-    return files
-
-
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        twin = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"The index of weight files names {twin} twice: download it again.")
-    return result
+def _placed(directory: Path) -> dict[str, Path] | None:
+    """The file of each tensor by the directory's index; None without one."""
+    found = weight_files(directory)
+    if not found or found[0].suffix != ".json":
+        return None
+    index = found[0]
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
+        raise ValueError(f"{index} is not an index of weight files: download it again.")
+    for file in sorted(set(places.values())):
+        if Path(file).name != file or Path(file).suffix not in (".safetensors", ".bin"):
+            raise ValueError(f"{index} names {file[:200]!r}, which is no weight file beside it: download it again.")
+        if not (directory / file).is_file():
+            raise ValueError(f"{directory / file} is missing, although {index.name} names it: download it again.")
+    return {name: directory / file for name, file in places.items()}

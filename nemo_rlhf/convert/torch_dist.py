@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import pickle
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,28 +46,22 @@ class StoredTensor(NamedTuple):
 
 def read_metadata(directory: Path) -> dict[str, StoredTensor]:
     """The tensors of a ``torch_dist`` directory. Raises ValueError when its metadata is missing or damaged."""
-    from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-    try:
-        metadata = FileSystemReader(directory).read_metadata()
-    except (OSError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{directory} is not a whole checkpoint ({type(error).__name__}): use another one.") from None
+    from nemo_rlhf.parallel import metadata
+
+    found = metadata.read_metadata(directory)
     tensors = {}
-    for key, tensor in metadata.state_dict_metadata.items():
+    for key, tensor in found.state_dict_metadata.items():
         if not isinstance(tensor, TensorStorageMetadata):
             continue
         chunks = []
         for chunk in tensor.chunks:
-            place = metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
-            if place is None or place.transform_descriptors:
-                raise ValueError(f"{directory} holds {key} in no form that can be read here: use another checkpoint.")
+            if (place := found.storage_data.get(MetadataIndex(key, chunk.offsets))) is None:
+                raise ValueError(f"{directory} lacks a part of {key}: use another checkpoint.")
             box = tuple(slice(a, a + size) for a, size in zip(chunk.offsets, chunk.sizes, strict=True))
             chunks.append(Chunk(box, place.relative_path, place.offset, place.length))
         tensors[key] = StoredTensor(tuple(tensor.size), tensor.properties.dtype, tuple(chunks))
-        held = sum(math.prod(chunk.sizes) for chunk in tensor.chunks)
-        if held != math.prod(tensor.size):
-            raise ValueError(f"{directory} holds {held} elements of {key}, which has {math.prod(tensor.size)}.")
     return tensors
 
 
@@ -126,11 +119,12 @@ def _open(path: Path, chunk: Chunk, dtype: torch.dtype) -> Array:
             view.seek(0)
             reader: Any = torch._C.PyTorchFileReader(view)
             offset = reader.get_record_offset("data/0")
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is damaged ({reason}): use another checkpoint.") from None
     shape = tuple(part.stop - part.start for part in chunk.box)
-    if (tuple(tensor.shape), tensor.dtype) != (shape, dtype) or not tensor.is_contiguous():
+    is_plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.is_contiguous()
+    if not is_plain or (tuple(tensor.shape), tensor.dtype) != (shape, dtype):
         raise ValueError(f"{path} holds other values than its .metadata says: use another checkpoint.")
     return Array(path, chunk.start + offset + tensor.storage_offset() * dtype.itemsize, shape, dtype)
 

@@ -10,6 +10,7 @@ import json
 import math
 import re
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import replace
@@ -20,30 +21,18 @@ import torch
 
 from nemo_rlhf.config.architecture import Architecture
 from nemo_rlhf.convert.checkpoint import VALUE_TRUNK, WEIGHTS, CheckpointSource
-from nemo_rlhf.convert.directory import new_directory, refuse_existing
+from nemo_rlhf.convert.directory import GENERATION_CONFIG, TOKENIZER_FILES, check_target, new_directory
 from nemo_rlhf.convert.families import class_name, weight_map
 from nemo_rlhf.convert.ilql_heads import STEM
 from nemo_rlhf.convert.locate import CONFIG, TOKENIZER, read_architecture, resolve_restore_from, tokenizer_directory
 from nemo_rlhf.convert.source import WeightSource, open_hf
 from nemo_rlhf.convert.to_hf import write_safetensors
 from nemo_rlhf.convert.to_megatron import write_weights
+from nemo_rlhf.convert.token_ids import open_tokenizer, with_ids_of
 from nemo_rlhf.convert.workers import check_workers
 from nemo_rlhf.parallel import manifest
+from nemo_rlhf.untrusted import read_json
 
-GENERATION_CONFIG = "generation_config.json"
-# what transformers writes for a tokenizer, whichever its kind
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "tokenization_*.py",
-    "*.model",
-    "*.tiktoken",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "additional_chat_templates/*",
-)
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -62,12 +51,12 @@ def import_hf(hf_dir: str | Path, ckpt_dir: str | Path, *, force: bool = False, 
     if form != "hf":
         raise ValueError(f"{hf_dir} is a Megatron checkpoint already.")
     check_workers(workers)
-    refuse_existing(Path(ckpt_dir), force)
+    check_target(Path(ckpt_dir), hf_dir, force)
     source, architecture = open_hf(hf_dir), read_architecture(hf_dir)
     weights = weight_map(architecture)
     weights.check({name: source.shape(name) for name in source.names()}, source.where)
     architecture = replace(architecture, dtype=dtype_name(stored_dtype(source)))
-    with new_directory(Path(ckpt_dir), force, _bytes(source)) as directory:
+    with new_directory(Path(ckpt_dir), hf_dir, force, _bytes(source)) as directory:
         (directory / WEIGHTS).mkdir()
         described, written = write_weights(source, architecture, directory / WEIGHTS, workers)
         _compare_counts(_count(source, set(weights.tensors)), written, hf_dir)
@@ -107,12 +96,14 @@ def export_hf(
     architecture = Architecture.load(ckpt_dir)
     limit = parse_size(max_shard_size)
     check_workers(workers)
-    refuse_existing(Path(hf_dir), force)
+    check_target(Path(hf_dir), ckpt_dir, force)
     source = CheckpointSource(ckpt_dir, architecture)
-    config = hf_config(architecture, stored_dtype(source), tokenizer_directory(ckpt_dir))
+    manifest.check(ckpt_dir, WEIGHTS, workers)
+    tokenizer = _tokenizer(tokenizer_directory(ckpt_dir))
+    config = hf_config(architecture, stored_dtype(source), tokenizer)
     heads, trunk = source.heads(), source.value_trunk
     size = sum(_bytes(part) for part in (source, heads, trunk) if part is not None)
-    with new_directory(Path(hf_dir), force, size) as directory:
+    with new_directory(Path(hf_dir), ckpt_dir, force, size) as directory:
         written = write_safetensors(source, directory, limit, workers)
         _compare_counts(weight_map(architecture).num_parameters(), written, ckpt_dir)
         if trunk is not None:
@@ -120,19 +111,22 @@ def export_hf(
             beside.mkdir()
             written = write_safetensors(trunk, beside, limit, workers)
             _compare_counts(_count(trunk, trunk.names()), written, ckpt_dir)
-            described = hf_config(trunk.architecture, stored_dtype(trunk), tokenizer_directory(ckpt_dir))
+            described = hf_config(trunk.architecture, stored_dtype(trunk), tokenizer)
             _write_config(described, beside / CONFIG)
         if heads.names():
             written = write_safetensors(heads, directory, math.inf, workers, stem=STEM)
             _compare_counts(_count(heads, heads.names()), written, ckpt_dir)
         copy_tokenizer(tokenizer_directory(ckpt_dir), directory)
         _write_config(config, directory / CONFIG)
+        generation = directory / GENERATION_CONFIG
+        if tokenizer is not None and generation.is_file():
+            _write_config(with_ids_of(tokenizer, read_json(generation)), generation)
     return Path(hf_dir)
 
 
 def _write_config(config: dict[str, Any], path: Path) -> None:
     """Leave the file as it is where it says ``config`` already, so that its bytes stay those of the origin."""
-    if not path.is_file() or json.loads(path.read_text()) != config:
+    if not path.is_file() or read_json(path) != config:
         path.write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -161,29 +155,35 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def hf_config(architecture: Architecture, dtype: torch.dtype, tokenizer_dir: Path) -> dict[str, Any]:
-    """The ``config.json`` that the model came from, naming the dtype that its weights have now, and the class that its
-    head makes of it."""
+def hf_config(architecture: Architecture, dtype: torch.dtype, tokenizer: Any) -> dict[str, Any]:
+    """The ``config.json`` that the model came from, naming the dtype that its weights have now, the class that its head
+    makes of it, and the special tokens of ``tokenizer``, which may be None."""
     if not architecture.hf_config:
         raise ValueError("The checkpoint's model_config.yaml has no hf_config to write a config.json from.")
-    key = "torch_dtype" if "torch_dtype" in architecture.hf_config else "dtype"
-    config = {**architecture.hf_config, key: dtype_name(dtype)}
+    config = dict(architecture.hf_config)
+    for key in [key for key in ("torch_dtype", "dtype") if key in config] or ["dtype"]:
+        config[key] = dtype_name(dtype)
     name = class_name(architecture)
     if "trunk" in architecture.heads:
         config |= {"architectures": [name]}
     if "value" in architecture.heads and config["architectures"] != [name]:
         config |= {"architectures": [name], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-        if config.get("pad_token_id") is None:  # by which the last token of a row is found
-            config["pad_token_id"] = _pad_token_id(tokenizer_dir)
+    if tokenizer is not None:
+        config = with_ids_of(tokenizer, config)
+        if "value" in architecture.heads and config.get("pad_token_id") is None:
+            config["pad_token_id"] = tokenizer.eos_token_id  # by which the last token of a row is found
     return config
 
 
-def _pad_token_id(tokenizer_dir: Path) -> int:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return int(found)
+def _tokenizer(directory: Path) -> Any:
+    """That of a model that is exported; None where there is none that can be read, which is said."""
+    if not (directory / "tokenizer_config.json").is_file():
+        return None
+    try:
+        return open_tokenizer(directory)
+    except ValueError as error:
+        warnings.warn(f"{error} The ids of EOS, BOS and padding stay as they were.", stacklevel=3)
+        return None
 
 
 def parse_size(size: str | int) -> int:
@@ -197,11 +197,26 @@ def parse_size(size: str | int) -> int:
 
 def copy_tokenizer(origin: Path, target: Path) -> None:
     """Copy tokenizer, chat template, ``config.json`` and generation settings unchanged; what ``origin`` lacks is left
-    out."""
+    out.
+
+    Raises:
+        ValueError: one of the files is a link that leads to something else; what is copied may be shown to others.
+    """
     target.mkdir(parents=True, exist_ok=True)
-    for pattern in (*_TOKENIZER_FILES, GENERATION_CONFIG, CONFIG):
+    for pattern in (*TOKENIZER_FILES, GENERATION_CONFIG, CONFIG):
         for file in origin.glob(pattern):
             if file.is_file():
+                _refuse_leading_elsewhere(file, origin)
                 copy = target / file.relative_to(origin)
                 copy.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, copy)
+
+
+def _refuse_leading_elsewhere(file: Path, origin: Path) -> None:
+    """A link may lead to a file of its own name, as people lay models together, or into Hugging Face's cache."""
+    inside, real = origin.resolve(), file.resolve()
+    if real.is_relative_to(inside):
+        return
+    is_plain = file.parent.resolve().is_relative_to(inside)
+    if not is_plain or not (real.name == file.name or real.parent == inside.parent.parent / "blobs"):
+        raise ValueError(f"{file} leads to {real}, which is not of this model: put the file itself there.")

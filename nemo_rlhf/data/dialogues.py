@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from nemo_rlhf.data.records import Source, finite_reward, read_records, rewards_of
+from nemo_rlhf.data.files import Source, read_records
+from nemo_rlhf.data.intake import Intake
+from nemo_rlhf.data.records import finite_reward, rewards_of
 from nemo_rlhf.data.texts import Piece, is_done, pieces_of
 from nemo_rlhf.types import Dialogue
 
@@ -22,8 +24,9 @@ def read_dialogues(
     *,
     rewards: Sequence[Any] | None = None,
     too_long: TooLong = "truncate",
+    intake: Intake | None = None,
 ) -> list[Dialogue]:
-    """Dialogues from a jsonl file, a ``datasets`` directory or a sequence of records.
+    """Dialogues from a file, a directory, a hub or a sequence of records (``locate_records``), taken in by ``intake``.
 
     A record is ``{"turns": [prompt, output, prompt, output, ...], "rewards"}``, or one of the forms of ``read_texts``
     with "reward" or "rewards" beside it; what is learned there are the agent's tokens here. ``rewards`` gives those of
@@ -36,39 +39,57 @@ def read_dialogues(
     warning says how many. "refuse" raises.
 
     Raises:
-        ValueError: names the record that is none of these, has no or the wrong number of rewards, or one that is not a
-            finite number.
+        ValueError: names the records that are none of these, have no or the wrong number of rewards, or one that is
+            not a finite number.
     """
-    records = list(read_records(source, "dialogue"))
-    if rewards is not None and len(rewards) != len(records):
-        raise ValueError(
-            f"There are {len(records)} samples and {len(rewards)} rewards: give one reward, or list, a sample."
-        )
+    intake = intake or Intake()
     dialogues = []
-    num_cut = num_lost = 0
-    for index, (where, record) in enumerate(records):
-        given = rewards_of(where, record) if rewards is None else rewards[index]
-        pieces = _pieces(where, record, tokenizer)
-        scored = _score(where, pieces, given)
-        if sum(len(ids) for ids, _ in pieces) > max_sequence_length:
-            if too_long == "refuse":
-                raise ValueError(
-                    f"{where} has {sum(len(ids) for ids, _ in pieces)} tokens and data.max_sequence_length is "
-                    f"{max_sequence_length}: raise the limit, shorten it, or set data.too_long=truncate."
-                )
-            pieces, scored = _shorten(pieces, scored, max_sequence_length, tokenizer)
-            num_cut, num_lost = num_cut + bool(pieces), num_lost + (not pieces)
-        if pieces:
-            dialogues.append(_join(pieces, scored, is_done(where, record)))
+    num_all = num_cut = num_lost = 0
+    for where, record in intake.records(source if rewards is None else _rewarded(source, rewards), "dialogues"):
+        with intake.noted():
+            given = rewards_of(where, record)
+            pieces = _pieces(where, record, tokenizer)
+            scored = _score(where, pieces, given)
+            done = is_done(where, record)
+            if sum(len(ids) for ids, _ in pieces) > max_sequence_length:
+                if too_long == "refuse":
+                    raise ValueError(
+                        f"{where} has {sum(len(ids) for ids, _ in pieces)} tokens and data.max_sequence_length is "
+                        f"{max_sequence_length}: raise the limit, shorten it, or set data.too_long=truncate."
+                    )
+                pieces, scored = _shorten(pieces, scored, max_sequence_length, tokenizer)
+                num_cut, num_lost = num_cut + bool(pieces), num_lost + (not pieces)
+            num_all += 1
+            if pieces:
+                dialogues.append(_join(pieces, scored, done))
     if num_cut or num_lost:
         warnings.warn(
-            f"Of {len(records)} dialogues, {num_cut} lost their first turns to data.max_sequence_length="
+            f"Of {num_all} dialogues, {num_cut} lost their first turns to data.max_sequence_length="
             f"{max_sequence_length}, and {num_lost} were left out because their last turn alone is longer.",
             stacklevel=2,
         )
     if not dialogues:
         raise ValueError(f"No dialogue is left within data.max_sequence_length={max_sequence_length}: raise it.")
     return dialogues
+
+
+def _rewarded(source: Source, rewards: Sequence[Any]) -> list[Any]:
+    """The records of ``source`` with these rewards in the place of their own."""
+    records = [record for _, record in read_records(source, "dialogue")]
+    if len(rewards) != len(records):
+        raise ValueError(
+            f"There are {len(records)} samples and {len(rewards)} rewards: give one reward, or list, a sample."
+        )
+    result = []
+    for record, given in zip(records, rewards, strict=True):
+        fields = record
+        if isinstance(record, (str, list, tuple)):
+            fields = {"text" if isinstance(record, str) else "turns": record}
+        if isinstance(fields, dict):
+            own = {name: value for name, value in fields.items() if name not in ("reward", "rewards")}
+            fields = {**own, "rewards" if isinstance(given, (list, tuple)) else "reward": given}
+        result.append(fields)
+    return result
 
 
 def standardise(dialogues: Sequence[Dialogue], *others: Sequence[Dialogue]) -> list[list[Dialogue]]:

@@ -2,59 +2,43 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import Any
 
-from nemo_rlhf.data.records import Source, missing_field, read_records
+from nemo_rlhf.data.files import Source
+from nemo_rlhf.data.forms import TEXTS
+from nemo_rlhf.data.intake import Intake
+from nemo_rlhf.data.records import margin_of
 from nemo_rlhf.data.texts import scored_tokens
 from nemo_rlhf.types import Pair
 
 
-def read_pairs(source: Source, tokenizer: Any, max_sequence_length: int) -> list[Pair]:
-    """Pairs from a jsonl file, a ``datasets`` directory or a sequence of records.
+def read_pairs(source: Source, tokenizer: Any, max_sequence_length: int, *, intake: Intake | None = None) -> list[Pair]:
+    """Pairs from a file, a directory, a hub or a sequence of records (``locate_records``), taken in by ``intake``.
 
-    A record is ``{"prompt", "chosen", "rejected"}`` with responses as text (the prompt may be chat messages),
-    ``{"chosen", "rejected"}`` with two whole chats, both with an optional "margin"; or half a pair, ``{"text"}``: then
-    each odd line is better than the even one after it (NeMo-Aligner's form). Pairs with a text of more than
-    ``max_sequence_length`` tokens are left out, and a warning says how many.
+    A record is of a form of ``data.forms``, which becomes ``{"prompt", "chosen", "rejected"}`` with responses as text
+    (the prompt may be chat messages), or ``{"chosen", "rejected"}`` with two whole chats or texts, both with an
+    optional "margin"; of ``{"text"}`` records, each odd one is better than the even one after it (NeMo-Aligner's
+    form). Pairs with a text of more than ``max_sequence_length`` tokens are left out, and a warning says how many.
 
     Raises:
-        ValueError: names the record that is none of these, whose two texts are equal, or whose margin is no number; or
-            no pair is left.
+        ValueError: names the records that are none of these, whose two texts are equal, or whose margin is no number;
+            or no pair is left.
     """
     pairs: list[Pair] = []
     num_long = num_all = 0
-    halves: list[tuple[str, Any]] = []
-    for where, record in read_records(source, "pair"):
-        if not isinstance(record, dict):
-            raise ValueError(
-                f'{where} is a {type(record).__name__}, and must be an object with "chosen" and "rejected".'
-            )
-        if record.get("score") is not None and record.get("chosen") is None:
-            raise ValueError(
-                f"{where} is a scored response, and reward_model.loss=bradley_terry learns from compared ones: set "
-                "reward_model.loss=regression."
-            )
-        if record.get("text") is not None and record.get("chosen") is None:
-            halves.append((where, record))
-            if len(halves) % 2:
+    intake = intake or Intake()
+    for where, record in intake.records(source, "pairs"):
+        with intake.noted():
+            sides = [scored_tokens(where, _side(record, name), tokenizer) for name in ("chosen", "rejected")]
+            if sides[0] == sides[1]:
+                raise ValueError(f"{where}: chosen and rejected are the same text, of which neither can be better.")
+            margin = margin_of(where, record.get("margin", 0.0))
+            num_all += 1
+            if max(map(len, sides)) > max_sequence_length:
+                num_long += 1
                 continue
-            (_, better), record = halves[-2], {"chosen": None}
-            sides = [scored_tokens(where, one, tokenizer) for one in (better, halves[-1][1])]
-        else:
-            sides = [scored_tokens(where, _side(where, record, name), tokenizer) for name in ("chosen", "rejected")]
-        num_all += 1
-        if sides[0] == sides[1]:
-            raise ValueError(f"{where}: chosen and rejected are the same text, of which neither can be better.")
-        if max(map(len, sides)) > max_sequence_length:
-            num_long += 1
-            continue
-        pairs.append(Pair(sides[0], sides[1], _margin(where, record.get("margin", 0.0))))
-    if len(halves) % 2:
-        raise ValueError(
-            f'{halves[-1][0]} is the last of an odd number of {{"text"}} lines: its rejected half is missing.'
-        )
+            pairs.append(Pair(sides[0], sides[1], margin))
     if num_long:
         warnings.warn(
             f"Of {num_all} pairs, {num_long} are longer than data.max_sequence_length={max_sequence_length}, and left "
@@ -66,15 +50,9 @@ def read_pairs(source: Source, tokenizer: Any, max_sequence_length: int) -> list
     return pairs
 
 
-def _side(where: str, record: dict[str, Any], name: str) -> dict[str, Any]:
-    if record.get(name) is None:
-        raise missing_field(where, record, (name,))
+def _side(record: dict[str, Any], name: str) -> dict[str, Any]:
+    """One side of a pair as a record of its own."""
+    kept = {field: value for field, value in record.items() if field not in TEXTS}
     if record.get("prompt") is not None:
-        return {**record, "response": record[name]}
-    return {**record, "messages": record[name]}
-
-
-def _margin(where: str, margin: Any) -> float:
-    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not 0 <= margin < math.inf:
-        raise ValueError(f"{where}: the margin {margin!r} must be a number, 0 or more.")
-    return float(margin)
+        return {**kept, "prompt": record["prompt"], "response": record[name]}
+    return {**kept, "text" if isinstance(record[name], str) else "messages": record[name]}

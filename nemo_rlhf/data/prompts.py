@@ -7,7 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from nemo_rlhf.data.chats import read_chat
-from nemo_rlhf.data.records import Source, missing_field, read_records
+from nemo_rlhf.data.files import Source
+from nemo_rlhf.data.intake import Intake
+from nemo_rlhf.data.records import missing_field
 from nemo_rlhf.data.tokenizer import encode
 from nemo_rlhf.data.turns import prompt_ids
 from nemo_rlhf.types import Prompt
@@ -15,16 +17,23 @@ from nemo_rlhf.types import Prompt
 FIELDS = ("prompt", "text")
 
 
-def read_prompts(source: Source, tokenizer: Any, max_prompt_length: int) -> list[Prompt]:
-    """Prompts from a jsonl file, a ``datasets`` directory or a sequence of strings and dicts.
+def read_prompts(
+    source: Source, tokenizer: Any, max_prompt_length: int, *, intake: Intake | None = None
+) -> list[Prompt]:
+    """Prompts from a file, a directory, a hub or a sequence of records (``locate_records``), taken in by ``intake``.
 
-    A record is a string, or an object with "prompt" (a string, or chat messages to which the tokenizer's chat template
-    is applied) or "text"; every other field is kept in ``metadata``. ``max_prompt_length``: in tokens.
-    Raises ValueError, which names the place, for a record that is none of these, or a prompt that is empty or too long.
+    A record is a string, or of a form of ``data.forms``, which becomes an object with "prompt" (a string, or chat
+    messages to which the tokenizer's chat template is applied) or "text"; every other field is kept in ``metadata``.
+    ``max_prompt_length``: in tokens.
+    Raises ValueError, which names the places, for records that are none of these, and prompts that are empty or too
+    long.
     """
-    return [
-        _read_prompt(where, record, tokenizer, max_prompt_length) for where, record in read_records(source, "prompt")
-    ]
+    prompts: list[Prompt] = []
+    intake = intake or Intake()
+    for where, record in intake.records(source, "prompts"):
+        with intake.noted():
+            prompts.append(_read_prompt(where, record, tokenizer, max_prompt_length))
+    return prompts
 
 
 def encode_prompt(prompt: Any, tokenizer: Any, where: str, record: Any = None) -> tuple[list[int], str]:

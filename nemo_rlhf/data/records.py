@@ -1,41 +1,12 @@
-"""Reading records one by one, each with the words that say where it stands, for the message when it is wrong."""
+"""What stands in a record, checked; every message begins with the words that say where the record stands."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-Source = str | Path | Sequence[Any]
-
-
-def read_records(source: Source, what: str) -> Iterator[tuple[str, Any]]:
-    """Yields (where, record) from a jsonl file, a directory written by ``datasets``' ``save_to_disk``, or a sequence.
-
-    ``what`` names one record in messages ("prompt", "text"). Blank lines of a file are no records. Raises ValueError
-    for a source that is missing, holds no record, is no data set or has a line that is not JSON.
-    """
-    if not isinstance(source, (str, Path)):
-        if len(source) == 0:
-            raise ValueError(f"The list of {what}s is empty.")
-        yield from ((f"{what} {index}", record) for index, record in enumerate(source))
-        return
-    path = Path(source)
-    if path.is_dir():
-        records = _read_dataset(path)
-    elif path.is_file():
-        records = _read_lines(path)
-    else:
-        raise ValueError(f"There is no file {path} to read {what}s from.")
-    is_empty = True
-    for where_and_record in records:
-        is_empty = False
-        yield where_and_record
-    if is_empty:
-        raise ValueError(f"{path} is empty: it must hold at least one {what}.")
 
 
 def missing_field(where: str, record: Mapping[str, Any], fields: Sequence[str]) -> ValueError:
@@ -64,52 +35,38 @@ def finite_reward(where: str, value: Any) -> float:
     """``value`` as a number. Raises ValueError where it is none, or NaN or infinite."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{where}: the reward {value!r} is not a number.") from None
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{where}: the reward {repr(value)[:100]} is not a number.") from None
     if isinstance(value, (str, bool)) or not math.isfinite(number):
         raise ValueError(f"{where}: the reward {value!r} is not a finite number.")
     return number
 
 
-def best_records(records: Sequence[tuple[str, Any]], percent: float) -> list[tuple[str, Any]]:
-    """The best ``percent`` of scored (where, record) pairs by their reward, or the sum of their rewards, in the order
-    they came in; at least one, and of equals the first. Raises ValueError for a record without finite rewards."""
-    totals = []
-    for where, record in records:
-        given = rewards_of(where, record)
-        values = given if isinstance(given, (list, tuple)) else [given]
-        totals.append(sum(finite_reward(where, value) for value in values))
+def score_of(where: str, record: Mapping[str, Any]) -> float:
+    """A record's "score" or "reward". Raises ValueError where it has none, or both, or no finite number."""
+    found = [name for name in ("score", "reward") if record.get(name) is not None]
+    if not found:
+        raise missing_field(where, record, ("score", "reward"))
+    if len(found) > 1:
+        raise ValueError(f'{where} has both "score" and "reward": give one of them.')
+    return finite_reward(where, record[found[0]])
+
+
+def margin_of(where: str, margin: Any) -> float:
+    """By how much one response is better. Raises ValueError for what is no number of 0 or more."""
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not 0 <= margin < math.inf:
+        raise ValueError(f"{where}: the margin {margin!r} must be a number, 0 or more.")
+    return float(margin)
+
+
+def total_reward(where: str, record: Any) -> float:
+    """The reward of a record, or the sum of its rewards. Raises ValueError where they are missing or not finite."""
+    given = rewards_of(where, record)
+    return sum(finite_reward(where, value) for value in (given if isinstance(given, (list, tuple)) else [given]))
+
+
+def best(records: Sequence[Any], totals: Sequence[float], percent: float) -> list[Any]:
+    """The best ``percent`` of ``records`` by their ``totals``, in the order they came in; at least one, and of equals
+    the first."""
     ranked = sorted(range(len(records)), key=lambda index: totals[index], reverse=True)
     return [records[index] for index in sorted(ranked[: max(1, math.ceil(len(records) * percent / 100))])]
-
-
-def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    # Bytes, so that only a line feed ends a line: a text file would also break at other characters within a string.
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                yield where, json.loads(line.decode("utf-8-sig"))
-            except UnicodeDecodeError:
-                raise ValueError(f"{where} is not UTF-8: save the file in that encoding.") from None
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{where} is not JSON ({error.msg} at column {error.colno}): each line must be one JSON object."
-                ) from None
-
-
-def _read_dataset(path: Path) -> Iterator[tuple[str, Any]]:
-    import datasets
-
-    try:
-        dataset = datasets.load_from_disk(str(path))
-    except FileNotFoundError:
-        raise ValueError(
-            f"{path} is a directory but no data set: give a jsonl file or what datasets' save_to_disk wrote."
-        ) from None
-    if isinstance(dataset, datasets.DatasetDict):
-        splits = " or ".join(str(path / split) for split in dataset)
-        raise ValueError(f"{path} holds several splits: give the directory of one, {splits}.")
-    yield from ((f"{path}, row {index}", dict(record)) for index, record in enumerate(dataset))

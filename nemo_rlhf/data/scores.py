@@ -5,36 +5,39 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from nemo_rlhf.data.files import Source
+from nemo_rlhf.data.intake import Intake
 from nemo_rlhf.data.prompts import encode_prompt
-from nemo_rlhf.data.records import Source, finite_reward, missing_field, read_records
+from nemo_rlhf.data.records import score_of
 from nemo_rlhf.data.texts import encode_response, scored_tokens
 from nemo_rlhf.types import ScoredText
 
-FIELDS = ("score", "reward")
 
+def read_scores(
+    source: Source, tokenizer: Any, max_sequence_length: int, *, intake: Intake | None = None
+) -> list[ScoredText]:
+    """Scored texts from a file, a directory, a hub or a sequence of records (``locate_records``), taken in by
+    ``intake``.
 
-def read_scores(source: Source, tokenizer: Any, max_sequence_length: int) -> list[ScoredText]:
-    """Scored texts from a jsonl file, a ``datasets`` directory or a sequence of records.
-
-    A record is ``{"prompt", "response"}`` (the prompt may be chat messages), ``{"messages"}`` or ``{"text"}``, with a
-    number under "score" or "reward". Texts of more than ``max_sequence_length`` tokens are left out, and a warning says
-    how many.
+    A record is of a form of ``data.forms``, which becomes ``{"prompt", "response"}`` (the prompt may be chat messages),
+    ``{"messages"}`` or ``{"text"}``, with a number under "score" or "reward". Texts of more than
+    ``max_sequence_length`` tokens are left out, and a warning says how many.
 
     Raises:
-        ValueError: names the record that is none of these or whose score is no finite number; or no text is left.
+        ValueError: names the records that are none of these or whose score is no finite number; or no text is left.
     """
     texts: list[ScoredText] = []
     num_long = num_all = 0
-    for where, record in read_records(source, "scored text"):
-        if not isinstance(record, dict):
-            raise ValueError(f'{where} is a {type(record).__name__}, and must be an object with "score".')
-        score = _score(where, record)
-        num_all += 1
-        token_ids = scored_tokens(where, record, tokenizer)
-        if len(token_ids) > max_sequence_length:
-            num_long += 1
-            continue
-        texts.append(ScoredText(token_ids, score))
+    intake = intake or Intake()
+    for where, record in intake.records(source, "scores"):
+        with intake.noted():
+            score = score_of(where, record)
+            token_ids = scored_tokens(where, record, tokenizer)
+            num_all += 1
+            if len(token_ids) > max_sequence_length:
+                num_long += 1
+                continue
+            texts.append(ScoredText(token_ids, score))
     if num_long:
         warnings.warn(
             f"Of {num_all} scored texts, {num_long} are longer than data.max_sequence_length={max_sequence_length}, "
@@ -52,17 +55,3 @@ def encode_reply(prompt: str, response: str, tokenizer: Any) -> tuple[int, ...]:
     empty."""
     ids, _ = encode_prompt(prompt, tokenizer, "prompt")
     return (*ids, *encode_response(prompt, response, tokenizer))
-
-
-def _score(where: str, record: dict[str, Any]) -> float:
-    found = [name for name in FIELDS if record.get(name) is not None]
-    if not found and record.get("chosen") is not None:
-        raise ValueError(
-            f"{where} compares two responses, and reward_model.loss=regression learns from scores: give one response "
-            'and its "score", or set reward_model.loss=bradley_terry.'
-        )
-    if not found:
-        raise missing_field(where, record, FIELDS)
-    if len(found) > 1:
-        raise ValueError(f'{where} has both "score" and "reward": give one of them.')
-    return finite_reward(where, record[found[0]])

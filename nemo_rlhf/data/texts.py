@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 from nemo_rlhf.data.chat_format import reply_end, response_ends, up_to_end
 from nemo_rlhf.data.chats import read_chat
+from nemo_rlhf.data.files import Source
+from nemo_rlhf.data.intake import Intake
 from nemo_rlhf.data.prompts import encode_prompt
-from nemo_rlhf.data.records import Source, best_records, missing_field, read_records
+from nemo_rlhf.data.records import best, missing_field, total_reward
 from nemo_rlhf.data.tokenizer import encode
 from nemo_rlhf.data.turns import Piece, chat_pieces, last_turn
 from nemo_rlhf.types import Text
@@ -19,11 +21,17 @@ FIELDS = ("prompt", "messages", "text")
 
 
 def read_texts(
-    source: Source, tokenizer: Any, max_sequence_length: int, train_on: TrainOn, *, top_percent: float = 100.0
+    source: Source,
+    tokenizer: Any,
+    max_sequence_length: int,
+    train_on: TrainOn,
+    *,
+    top_percent: float = 100.0,
+    intake: Intake | None = None,
 ) -> list[Text]:
-    """Texts from a jsonl file, a ``datasets`` directory or a sequence of records.
+    """Texts from a file, a directory, a hub or a sequence of records (``locate_records``), taken in by ``intake``.
 
-    A record is one of
+    A record is of a form of ``data.forms``, which becomes one of
     - ``{"prompt", "response"}``: prompt (a string or chat messages) and response are tokenised separately, as they are
       in a rollout; the response is learned, EOS at its end included;
     - ``{"messages"}``: a chat in the tokenizer's template; the assistant's turns are learned;
@@ -35,23 +43,27 @@ def read_texts(
     then have. ``train_on``: "all" learns every token of every form. The first token of a text is never learned, as
     nothing precedes it. Longer than ``max_sequence_length`` tokens: what precedes the last learned stretch is cut at
     its start (BOS stays), then that stretch at its end; one warning says how many texts lost what.
-    Raises ValueError, which names the place, for a record that is none of these or has nothing to learn.
+    Raises ValueError, which names the places, for records that are none of these or have nothing to learn.
     """
     if max_sequence_length < 2:
         raise ValueError(f"data.max_sequence_length is {max_sequence_length}: it must be at least 2.")
-    texts: list[Text] = []
-    num_cut_prompts = num_cut_responses = 0
-    records = read_records(source, "text")
-    for where, record in records if top_percent == 100 else best_records(list(records), top_percent):
-        token_ids, learned = _join(pieces_of(where, record, tokenizer))
-        token_ids, learned, cut_prompt, cut_response = _fit(token_ids, learned, max_sequence_length, tokenizer)
-        num_cut_prompts += cut_prompt
-        num_cut_responses += cut_response
-        mask = learned if train_on == "response" else [True] * len(token_ids)
-        mask = [False, *mask[1:]]
-        if not any(mask):
-            raise ValueError(f"{where} has nothing to learn.")
-        texts.append(Text(tuple(token_ids), tuple(mask)))
+    intake = intake or Intake()
+    taken: list[tuple[Text, bool, bool]] = []
+    totals: list[float] = []
+    for where, record in intake.records(source, "sft"):
+        with intake.noted():
+            total = total_reward(where, record) if top_percent < 100 else 0.0
+            token_ids, learned = _join(pieces_of(where, record, tokenizer))
+            token_ids, learned, cut_prompt, cut_response = _fit(token_ids, learned, max_sequence_length, tokenizer)
+            mask = learned if train_on == "response" else [True] * len(token_ids)
+            mask = [False, *mask[1:]]
+            if not any(mask):
+                raise ValueError(f"{where} has nothing to learn.")
+            taken.append((Text(tuple(token_ids), tuple(mask)), cut_prompt, cut_response))
+            totals.append(total)
+    taken = best(taken, totals, top_percent)
+    texts = [text for text, _, _ in taken]
+    num_cut_prompts, num_cut_responses = sum(cut for _, cut, _ in taken), sum(cut for _, _, cut in taken)
     if num_cut_prompts or num_cut_responses:
         warnings.warn(
             f"Of {len(texts)} texts, {num_cut_prompts} lost the start of their prompt and {num_cut_responses} the end "

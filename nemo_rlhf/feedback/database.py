@@ -19,6 +19,7 @@ from sqlalchemy import Connection, Engine, create_engine, event, func, inspect, 
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, OperationalError
 
+from nemo_rlhf.config.dumping import masked
 from nemo_rlhf.feedback.tables import Base
 
 VERSION_TABLE = "feedback_version"
@@ -67,7 +68,7 @@ class Database:
     @property
     def shown_url(self) -> str:
         """For messages: without the password."""
-        return self.url.render_as_string(hide_password=True)
+        return masked(self.url.render_as_string(hide_password=True))
 
     def reason(self, error: DatabaseError) -> str:
         """In one sentence, why the database refused or failed."""
@@ -140,7 +141,7 @@ def parse_url(url: str) -> URL:
         try:
             parsed = make_url(url)
         except (ArgumentError, ValueError) as error:
-            raise ValueError(f"{url!r} is no URL of a store, such as sqlite:///feedback.db.") from error
+            raise ValueError(f"{masked(url)!r} is no URL of a store, such as sqlite:///feedback.db.") from error
     backend = parsed.get_backend_name()
     if backend == "postgresql":
         return parsed.set(drivername="postgresql+psycopg")

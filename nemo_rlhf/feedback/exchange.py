@@ -23,9 +23,11 @@ from nemo_rlhf.feedback.given import GivenPair
 from nemo_rlhf.feedback.records import FORMS, Comparison
 from nemo_rlhf.feedback.store import Store
 from nemo_rlhf.feedback.tables import Candidate, ComparisonRow, Export, Prompt, Run, Task
+from nemo_rlhf.untrusted import stranger
 
 _AT_ONCE = 500
 _DATASET_INFO = "dataset_info.json"  # of a directory for datasets
+_DATASET = (_DATASET_INFO, "state.json", "data-*-of-*.arrow", "cache-*.arrow")
 
 
 @dataclass
@@ -81,8 +83,12 @@ def export_file(store: Store, run_id: int, form: str, out: Path, *, force: bool 
         raise ValueError(f"{out} is there already: name another one, or replace it with --force.")
     if out.exists() and out.is_dir() != (out.suffix == ""):
         raise ValueError(f"{out} cannot be replaced: it is {'a directory' if out.is_dir() else 'a file'}.")
-    if out.is_dir() and not (out / _DATASET_INFO).is_file() and any(out.iterdir()):
-        raise ValueError(f"{out} holds something else than a data set, which is not replaced: name another directory.")
+    if out.is_symlink():
+        raise ValueError(f"{out} is a link to {out.readlink()}: name what it leads to, or something new.")
+    if out.is_dir() and any(out.iterdir()) and (other := _no_dataset(out)):
+        raise ValueError(f"{out} holds {other}, which is not replaced: name another directory.")
+    if out.is_dir() and Path.cwd().is_relative_to(out.resolve()):
+        raise ValueError(f"{out} is where this command runs, which is not replaced: name another directory.")
     if not out.absolute().parent.is_dir():
         raise ValueError(f"There is no directory {out.absolute().parent} for {out.name}: create it first.")
     partial = out.absolute().with_name(f".{out.name}.partial-{os.getpid()}")
@@ -99,6 +105,14 @@ def export_file(store: Store, run_id: int, form: str, out: Path, *, force: bool 
             partial.unlink(missing_ok=True)
     _note(store, run_id, form, taken)
     return taken.pairs
+
+
+def _no_dataset(directory: Path) -> str | None:
+    """What makes a directory more than a data set, or none; None where nothing does."""
+    if not (directory / _DATASET_INFO).is_file():
+        return "something else than a data set"
+    other = stranger(directory, _DATASET)
+    return None if other is None else f"{other} beside a data set"
 
 
 def _publish(partial: Path, out: Path) -> None:

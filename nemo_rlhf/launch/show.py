@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import yaml
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from nemo_rlhf.config.scalars import to_yaml
 from nemo_rlhf.launch.memory import GIB, host_bytes, phases
 from nemo_rlhf.launch.parameters import num_parameters
 from nemo_rlhf.launch.search import Proposal, budget
@@ -175,4 +175,4 @@ def as_yaml(work: Work, proposal: Proposal) -> str:
             f"# It counts on reward.sources holding {asked.reward_model}: {{kind: model, residence: "
             f"{proposal.plan.reward_model}, ...}}."
         )
-    return "\n".join(lines) + "\n" + yaml.safe_dump(overrides(work, proposal), sort_keys=False)
+    return "\n".join(lines) + "\n" + to_yaml(overrides(work, proposal))

@@ -20,6 +20,7 @@ from nemo_rlhf.parallel import checkpoint, schedule, state
 from nemo_rlhf.parallel.gpt import GPT, Role, build_gpt
 from nemo_rlhf.parallel.offload import Offload
 from nemo_rlhf.parallel.optimizer import ModelOptimizer
+from nemo_rlhf.parallel.reading import load_object
 
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16}
 _OPTIMIZER, _SCHEDULER = "optimizer", "scheduler.pt"
@@ -166,7 +167,7 @@ class MegatronModel(ModelPT):
         assert self.learner is not None
         wanted = self.learner.sharded_state_dict(loading=True)
         self.learner.load_state_dict(checkpoint.load_tensors(wanted, directory / _OPTIMIZER))
-        done = checkpoint.load_object(directory / _SCHEDULER)
+        done = load_object(directory / _SCHEDULER)
         self.learner.scheduler.num_steps = 0
         self.learner.scheduler.step(done)
 

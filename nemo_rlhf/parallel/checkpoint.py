@@ -6,9 +6,9 @@ file's size and checksum, and is renamed; ``verify`` tells a damaged one from a 
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
-import json
 import queue
 import shutil
 from collections.abc import Callable, Collection, Iterator
@@ -27,9 +27,8 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_rlhf.config.architecture import Architecture
-from nemo_rlhf.parallel import manifest, state
+from nemo_rlhf.parallel import manifest, reading, state
 from nemo_rlhf.parallel.gpt import GPT
-from nemo_rlhf.parallel.manifest import MANIFEST
 from nemo_rlhf.parallel.replicas import load_strategy, save_strategy
 from nemo_rlhf.parallel.writers import Mailbox
 
@@ -107,20 +106,16 @@ def load_tensors(sharded_state: dict[str, Any], directory: Path) -> dict[str, An
     Raises:
         ValueError: the checkpoint does not hold it (another architecture, or damaged files).
     """
-    if not (Path(directory) / "common.pt").is_file():
-        raise ValueError(
-            f"{directory} has no common.pt: it is damaged, or megatron-core 0.19 or newer wrote it, which older "
-            "versions cannot read; check model.restore_from."
-        )
+    directory = Path(directory)
+    reading.check(directory)
     try:
         # what the files lack is found where all ranks learn of it, which megatron's stricter ways do not wait for
         return dist_checkpointing.load(
-            sharded_state, str(directory), load_strategy(directory), strict="assume_ok_unexpected"
+            sharded_state, str(directory), load_strategy(), reading.CommonStrategy(), strict="assume_ok_unexpected"
         )
     except (CheckpointException, CheckpointingException, KeyError, ValueError) as error:
-        detail = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"{directory} does not fit this model, or is damaged ({detail}): check model.restore_from."
+            f"{directory} does not fit this model, or is damaged ({_reason(error)[:300]}): check model.restore_from."
         ) from error
 
 
@@ -227,14 +222,24 @@ def told_as_save_error(path: Path) -> Iterator[None]:
             raise
         if dist.get_rank() == 0:
             shutil.rmtree(_partial(path), ignore_errors=True)
+        reason = _reason(error)
         raise SaveError(
-            f"the checkpoint {path} could not be written ({_reason(error)}): free space or name another directory; "
-            f"earlier checkpoints are untouched."
+            f"the checkpoint {path} could not be written ({reason}): {_remedy(reason)}; earlier checkpoints are "
+            "untouched."
         ) from error
 
 
 def _is_lost_connection(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)  # gloo's own are but RuntimeErrors
+
+
+def _remedy(reason: str) -> str:
+    """What to do; the reason, which other ranks have but as text, begins with the error's number."""
+    if f"[Errno {errno.ENOENT}]" in reason:
+        return "something has deleted what was being written; see what else is at work in this directory"
+    if f"[Errno {errno.EACCES}]" in reason or f"[Errno {errno.EROFS}]" in reason:
+        return "make it writable or name another directory"
+    return "free space or name another directory"
 
 
 def _reason(error: BaseException) -> str:
@@ -293,17 +298,6 @@ def on_rank_zero(action: Callable[[], None]) -> None:
         raise OSError(failure[0])
 
 
-def _describe(directory: Path, names: list[str]) -> dict[str, list[int]]:
-    """Size and CRC-32 of each file, the work split among ranks. A file that cannot be read is left out."""
-    mine = {}
-    for name in names[dist.get_rank() :: dist.get_world_size()]:
-        with suppress(OSError):
-            mine[name] = manifest.describe(directory / name)
-    parts: list[dict[str, list[int]]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(parts, mine)
-    return {name: entry for part in parts for name, entry in part.items()}
-
-
 def _write_manifest(directory: Path, described: dict[str, list[int]]) -> None:
     parts: list[dict[str, list[int]]] = [{}] * dist.get_world_size()
     dist.all_gather_object(parts, described)
@@ -330,15 +324,30 @@ def verify(directory: Path) -> None:
     """
     directory = Path(directory)
     try:
-        expected = json.loads((directory / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"the checkpoint {directory} is damaged: its {MANIFEST} cannot be read ({error}).") from None
-    found = _describe(directory, sorted(expected))
-    for name, entry in sorted(expected.items()):
-        if found.get(name) != entry:
-            raise ValueError(
-                f"the checkpoint {directory} is damaged: {name} is missing or differs from what was saved."
-            )
+        expected = manifest.read(directory)
+    except ValueError as error:
+        raise ValueError(f"the checkpoint {directory} is damaged: {error}") from None
+    _compare(directory, expected)
+
+
+def verify_weights(directory: Path) -> None:
+    """Check a model's weights against the manifest, where there is one; all ranks take part. What people may have
+    edited, its description and its tokenizer, is left alone.
+
+    Raises:
+        ValueError: names the first file that is missing or differs.
+    """
+    _compare(directory, manifest.entries_of(directory, WEIGHTS))
+
+
+def _compare(directory: Path, expected: dict[str, list[int]]) -> None:
+    """Every rank reads some of the files, and all raise the same."""
+    names = sorted(expected)
+    mine = names[dist.get_rank() :: dist.get_world_size()]
+    parts: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(parts, [name for name in mine if not manifest.matches(directory / name, expected[name])])
+    if wrong := sorted(name for part in parts for name in part):
+        raise manifest.damaged(directory, wrong[0])
 
 
 def remove(directory: Path) -> None:
@@ -359,7 +368,3 @@ def save_object(value: Any, file: Path) -> None:
         file.write_bytes(buffer.getbuffer())
 
     on_rank_zero(write)
-
-
-def load_object(file: Path) -> Any:
-    return torch.load(file, weights_only=True, map_location="cpu")

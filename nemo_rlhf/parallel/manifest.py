@@ -5,14 +5,19 @@ from __future__ import annotations
 import io
 import json
 import os
+import stat
 import tempfile
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from nemo_rlhf.untrusted import read_json
+
 MANIFEST = "manifest.json"
+_OF_TRAINING = "identity.json"  # beside the manifest of a training checkpoint
 
 
 class Ledger:
@@ -88,6 +93,62 @@ def describe(file: Path) -> list[int]:
         while block := stream.read(1 << 22):
             value = zlib.crc32(block, value)
     return [file.stat().st_size, value]
+
+
+def read(directory: Path) -> dict[str, list[int]]:
+    """What the manifest of ``directory`` says of each file. Raises ValueError when it cannot be read."""
+    path = directory / MANIFEST
+    entries = read_json(path).get("files")
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path} names no files: restore it.")
+    for name, entry in entries.items():
+        place = PurePosixPath(name)
+        if place.is_absolute() or ".." in place.parts or "\0" in name:
+            raise ValueError(f"{path} names {name[:200]!r}, which is not below it: restore the file.")
+        if not (isinstance(entry, list) and len(entry) == 2 and all(type(number) is int for number in entry)):
+            raise ValueError(f"{path} has no size and checksum for {name}: restore the file.")
+    return entries
+
+
+def matches(file: Path, entry: list[int]) -> bool:
+    """Whether a file is as ``entry`` says. Its content is read only where its size is right."""
+    try:
+        found = file.stat()
+        return stat.S_ISREG(found.st_mode) and found.st_size == entry[0] and describe(file) == entry
+    except OSError:
+        return False
+
+
+def entries_of(model: Path, part: str) -> dict[str, list[int]]:
+    """What is known of the files in the directory ``part`` of a model: from its own manifest, or from that of the
+    training checkpoint that it belongs to; nothing where there is none. Raises ValueError as ``read``."""
+    whole = model.absolute()
+    if (model / MANIFEST).is_file():
+        entries, start = read(model), ""
+    elif (whole.parent / MANIFEST).is_file() and (whole.parent / _OF_TRAINING).is_file():
+        entries, start = read(whole.parent), f"{whole.name}/"
+    else:
+        return {}
+    return {n.removeprefix(start): entry for n, entry in entries.items() if n.startswith(f"{start}{part}/")}
+
+
+def check(model: Path, part: str, threads: int = 1) -> None:
+    """Read the files in the directory ``part`` of a model, and compare them with its manifest, where it has one.
+
+    Raises:
+        ValueError: names the first file that is missing or differs.
+    """
+    entries = sorted(entries_of(model, part).items())
+    with ThreadPoolExecutor(threads) as pool:
+        right = pool.map(lambda item: matches(model / item[0], item[1]), entries)
+        for (name, _), is_right in zip(entries, right, strict=True):
+            if not is_right:
+                raise damaged(model, name)
+
+
+def damaged(directory: Path, name: str) -> ValueError:
+    """What to raise for a file of a checkpoint that is not as its manifest says."""
+    return ValueError(f"the checkpoint {directory} is damaged: {name} is missing or differs from what was saved.")
 
 
 def write(directory: Path, entries: dict[str, list[int]]) -> None:

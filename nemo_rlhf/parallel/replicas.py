@@ -9,10 +9,7 @@ from typing import Any, TypeAlias
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge, nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factories
-from megatron.core.dist_checkpointing.serialization import (
-    get_default_load_sharded_strategy,
-    get_default_save_sharded_strategy,
-)
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
@@ -22,6 +19,7 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_base
 
 from nemo_rlhf.parallel import state
 from nemo_rlhf.parallel.experts import EXPERTS
+from nemo_rlhf.parallel.reading import TensorStrategy
 
 _SaveStrategy: TypeAlias = FullyParallelSaveStrategyWrapper | TorchDistSaveShardedStrategy
 # by the group that shares the writing, and the checksums of what all ranks hold
@@ -51,9 +49,9 @@ def save_strategy(sharded_state: dict[str, Any]) -> _SaveStrategy:
     return strategy
 
 
-def load_strategy(directory: Path) -> FullyParallelLoadStrategyWrapper:
+def load_strategy() -> FullyParallelLoadStrategyWrapper:
     """Everyone reads a part, and sends it to those who hold the same."""
-    return _LoadStrategy(get_default_load_sharded_strategy(str(directory)), state.dp_group())
+    return _LoadStrategy(TensorStrategy(), state.dp_group())
 
 
 class _LoadStrategy(FullyParallelLoadStrategyWrapper):

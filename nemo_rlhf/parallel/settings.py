@@ -110,10 +110,17 @@ def transformer_config(
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         apply_rope_fusion=engine and architecture.position_embedding == "rope",
+        **_graphs(),
         **_computation(architecture),
         **expert_settings(architecture, grouped=engine),
         **_recomputation(architecture, recompute, grouped=engine),
     )
+
+
+def _graphs() -> dict[str, Any]:
+    """megatron-core 0.16 warns, in every command, that the default of this field of its own is deprecated; this is what
+    it puts in its place."""
+    return {"cuda_graph_scope": []} if getattr(TransformerConfig, "cuda_graph_scope", None) == "full" else {}
 
 
 def rotary_frequencies(architecture: Architecture) -> Tensor:

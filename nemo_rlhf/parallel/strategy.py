@@ -16,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from nemo_rlhf import device
 from nemo_rlhf.parallel import checkpoint, state, watch
+from nemo_rlhf.parallel.reading import load_object
 from nemo_rlhf.parallel.saver import Saver
 
 _LIGHTNING = "lightning.pt"
@@ -103,7 +104,7 @@ class MegatronStrategy(DDPStrategy):
         module: Any = self.lightning_module
         watch.enter("loading")
         module.load_from(Path(checkpoint_path))
-        return checkpoint.load_object(Path(checkpoint_path) / _LIGHTNING)
+        return load_object(Path(checkpoint_path) / _LIGHTNING)
 
     def remove_checkpoint(self, filepath: Any) -> None:
         checkpoint.remove(Path(filepath))

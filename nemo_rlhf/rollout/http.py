@@ -19,10 +19,11 @@ from typing import Any
 
 import aiohttp
 
+from nemo_rlhf.config.dumping import masked
 from nemo_rlhf.config.sources import HttpSourceConfig
-from nemo_rlhf.rollout.named import one_line
 from nemo_rlhf.rollout.score import RewardError, Unavailable
 from nemo_rlhf.rollout.terminal import printable
+from nemo_rlhf.rollout.words import one_line
 from nemo_rlhf.untrusted import parse_json
 
 LONGEST_PAUSE_S = 30.0
@@ -58,8 +59,7 @@ class RewardService:
             RewardError: the variable that holds the token is not set.
         """
         self._config, self._is_stopping, self._limit_s = config, is_stopping, limit_s
-        where = re.sub(r"(?<=://)[^/?#]*@", "", config.url) if config.url else config.url_file  # no password of it
-        self.reward_title = f"reward service {config.name} ({where})"
+        self.reward_title = f"reward service {config.name} ({masked(config.url or str(config.url_file))})"
         self._authorization = self._headers()
 
     async def __call__(
@@ -115,7 +115,7 @@ class RewardService:
             except RewardError:
                 raise
             except (aiohttp.ClientError, OSError, ValueError) as error:
-                said = printable(one_line(error), _BRIEF)
+                said = printable(masked(one_line(error)), _BRIEF)
                 if isinstance(error, ValueError) and self._config.url is not None:
                     raise RewardError(f"The {self.reward_title} cannot be asked at this address ({said}).") from None
                 failure = _NotNow(said)

@@ -8,6 +8,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from nemo_rlhf.rollout.isolation import foreign
+from nemo_rlhf.rollout.words import one_line
+
 
 def load_function(name: str, key: str = "reward.function") -> Callable[..., Any]:
     """The function that ``package.module:name`` names; modules of the current directory are found too. ``key`` is the
@@ -23,43 +26,20 @@ def load_function(name: str, key: str = "reward.function") -> Callable[..., Any]
     if here not in sys.path:
         sys.path.insert(0, here)
 
-    def failed(error: Exception) -> ValueError:
-        return ValueError(f'{key} is "{name}", and importing {module_name} raised {one_line(error)}.')
-
+    importing = foreign(f'{key} is "{name}", and importing {module_name}', (ModuleNotFoundError,))
     try:
-        module = importlib.import_module(module_name)
+        with importing:
+            function: Any = importlib.import_module(module_name)
+            for part in attribute.split("."):
+                function = getattr(function, part, None)
     except ModuleNotFoundError as error:
         if error.name is not None and (module_name == error.name or module_name.startswith(f"{error.name}.")):
             raise ValueError(
                 f'{key} is "{name}", and there is no module {error.name} on the Python path or in {here}.'
             ) from error
-        raise failed(error) from error
-    except Exception as error:  # whatever the user's module raises
-        raise failed(error) from error
-    function: Any = module
-    for part in attribute.split("."):
-        if not hasattr(function, part):
-            raise ValueError(f'{key} is "{name}", and {module_name} has no {attribute}.')
-        function = getattr(function, part)
+        raise ValueError(f'{key} is "{name}", and importing {module_name} raised {one_line(error)}.') from error
+    if function is None:
+        raise ValueError(f'{key} is "{name}", and {module_name} has no {attribute}.')
     if not callable(function):
         raise ValueError(f'{key} is "{name}", which is a {type(function).__name__} and no function.')
     return function  # type: ignore[no-any-return]
-
-
-def one_line(error: BaseException) -> str:
-    """The kind of the error and what it says."""
-    message = " ".join(str(error).split())
-    return f"{type(error).__name__}: {message}" if message else type(error).__name__
-
-
-def plain(value: Any) -> Any:
-    """Tensors, arrays and their scalars as numbers and lists; anything else as it is."""
-    if hasattr(value, "detach"):
-        value = value.detach().cpu()
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def brief(value: Any) -> str:
-    """The value as a short piece of a sentence."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -22,9 +22,9 @@ from time import monotonic
 from typing import Any
 
 from nemo_rlhf.config.sources import FunctionSourceConfig
-from nemo_rlhf.rollout.named import brief
 from nemo_rlhf.rollout.score import RewardError
 from nemo_rlhf.rollout.terminal import printable
+from nemo_rlhf.rollout.words import brief
 from nemo_rlhf.untrusted import parse_json
 
 _START_S = 300.0  # that a worker may take for its imports, from a slow shared disk
@@ -132,7 +132,7 @@ class Pool:
     """
 
     def __init__(self, config: FunctionSourceConfig, function: Callable[..., Any]) -> None:
-        self._config = config
+        self._config, self.function = config, function
         self.reward_title = f"reward function {config.function}"
         self.keywords = config.arguments  # as of a partial
         self.__signature__ = inspect.signature(partial(function, **config.arguments))

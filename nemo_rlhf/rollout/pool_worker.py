@@ -19,7 +19,8 @@ from functools import partial
 from io import BufferedRWPair
 from typing import Any
 
-from nemo_rlhf.rollout.named import brief, load_function, one_line, plain
+from nemo_rlhf.rollout.named import load_function
+from nemo_rlhf.rollout.words import brief, one_line, plain
 
 _PR_SET_PDEATHSIG = 1
 

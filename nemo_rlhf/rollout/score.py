@@ -10,13 +10,15 @@ import asyncio
 import inspect
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
 from functools import partial
 from threading import Thread
 from typing import Any
 
 import torch
 
-from nemo_rlhf.rollout.named import brief, one_line, plain
+from nemo_rlhf.rollout.isolation import copied, copy_of, foreign
+from nemo_rlhf.rollout.words import brief, plain
 from nemo_rlhf.types import Rollout, Sample, Scored
 
 RewardFunction = Callable[..., Any]
@@ -107,13 +109,12 @@ def _call(function: Callable[..., Any], what: str, samples: Sequence[Sample], to
     asked = _parameters(function)
     arguments |= {key: values(samples) for key, values in ON_REQUEST.items() if key in asked}
     _check_signature(function, what, arguments)
-    try:
+    is_ours = hasattr(function, "reward_title")  # people's code then runs elsewhere
+    if not is_ours:
+        arguments["tokenizer"] = copy_of(tokenizer)
+    with nullcontext() if is_ours else foreign(f"The {what}", (Unavailable, RewardError)):  # those say it themselves
         returned = function(**arguments)
         return _finished(returned) if inspect.iscoroutine(returned) else returned
-    except (Unavailable, RewardError):  # they say it themselves
-        raise
-    except Exception as error:  # whatever the user's function raises
-        raise ValueError(f"The {what} raised {one_line(error)}.") from error
 
 
 def _finished(coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -144,7 +145,7 @@ def _metadata(samples: Sequence[Sample]) -> dict[str, list[Any]]:
             raise ValueError(
                 f'The prompts have a field "{name}", which is what the reward function gets from us: rename the field.'
             )
-    return {name: [sample.prompt.metadata.get(name) for sample in samples] for name in names}
+    return {name: [copied(sample.prompt.metadata.get(name)) for sample in samples] for name in names}
 
 
 def _check_signature(function: Callable[..., Any], what: str, arguments: dict[str, Any]) -> None:

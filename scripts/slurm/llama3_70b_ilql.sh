@@ -34,15 +34,15 @@ MASTER_PORT=$((10000 + (SLURM_JOB_ID * 31 + attempt) % 20000))
 export MASTER_ADDR MASTER_PORT
 
 run_dir=/shared/runs/llama3_70b_ilql
-log_dir=$(realpath -m .)
+log_dir=$(realpath -m -- .)
 job_logs=$log_dir/llama3_70b_ilql-$SLURM_JOB_ID
 logs=$job_logs/attempt_$attempt
-mkdir -p "$logs/preflight" "$run_dir" || exit 1
+mkdir -p -- "$logs/preflight" "$run_dir" || exit 1
 mounts=(/shared:/shared "$PWD:$PWD")
 [[ $log_dir/ == "$PWD"/* ]] || mounts+=("$log_dir:$log_dir") # ranks write into it
 container=(
     --container-image=/shared/images/nemo_rlhf.sqsh
-    --container-mounts="$(IFS=, && echo "${mounts[*]}")"
+    --container-mounts="$(IFS=, && printf %s "${mounts[*]}")"
     --container-workdir="$PWD"
     "--container-env=OMP_NUM_THREADS,NCCL_DEBUG,NCCL_IB_TIMEOUT" # also where the image has its own
 )

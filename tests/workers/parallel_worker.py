@@ -28,7 +28,7 @@ from nemo_rlhf.models.base import MegatronModel
 from nemo_rlhf.models.critic import CriticModel
 from nemo_rlhf.models.policy import PolicyModel
 from nemo_rlhf.models.reference import ResidentReference, SwappedReference
-from nemo_rlhf.parallel import checkpoint, state
+from nemo_rlhf.parallel import checkpoint, manifest, state
 from nemo_rlhf.parallel.gpt import GPT
 from nemo_rlhf.parallel.logprobs import vocab_parallel_logprobs
 from nemo_rlhf.parallel.schedule import Loss, Microbatch, forward_backward
@@ -498,7 +498,7 @@ def damage(cut: Cut, whole: Path, work: Path) -> dict[str, str]:
         "flipped": (flip, name),
         "truncated": (truncate, name),
         "missing": (Path.unlink, name),
-        "without manifest": (Path.unlink, Path(checkpoint.MANIFEST)),
+        "without manifest": (Path.unlink, Path(manifest.MANIFEST)),
     }
     said = {"file": str(name)}
     for kind, (do, file) in damages.items():

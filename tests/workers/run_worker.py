@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 
 from nemo_rlhf import cli
+from tests import bombs
 
 
 def runs(payload: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -24,8 +25,9 @@ def runs(payload: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Keys of a run: ``arguments`` of nemo-rlhf; ``stop_in_step``: the step (from 1) in which this process gets SIGUSR1;
     ``nan_in_step``: the step whose policy loss is made NaN; ``copy``: a pair (from, to) of directories to copy before;
-    ``damage``: a file to flip a byte of before; ``env``: variables. Returns for each ``code``, ``stderr``, ``seconds``
-    and, where a run ended in an exception that the program does not expect, ``traceback``.
+    ``damage``: a file to flip a byte of before; ``plant``: what ``bombs.plant`` is given then; ``env``: variables.
+    Returns for each ``code``, ``stderr``, ``seconds`` and, where a run ended in an exception that the program does not
+    expect, ``traceback``.
     """
     results = []
     for number, each in enumerate(payload):
@@ -45,6 +47,7 @@ def _run(
     nan_in_step: int | None = None,
     copy: tuple[str, str] | None = None,
     damage: str | None = None,
+    plant: tuple[str, str, str] | None = None,
     env: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     if os.environ["RANK"] == "0":
@@ -52,6 +55,8 @@ def _run(
             shutil.copytree(*copy, symlinks=True)
         if damage is not None:
             flip_a_byte(Path(damage))
+        if plant is not None:
+            bombs.plant(*plant)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     heard = io.StringIO()
@@ -219,3 +224,22 @@ def train_api(payload: dict[str, str]) -> dict[str, Any]:
 def _rising(output_ids: list[list[int]], **rest: Any) -> list[list[float]]:
     """0.1 for the first token of a response, 0.2 for the second, ..."""
     return [[0.1 * (place + 1) for place in range(len(ids))] for ids in output_ids]
+
+
+def other_data(_: Any) -> str:
+    """What ranks say that have read other prompts."""
+    from nemo_rlhf.cli.run_directory import origin
+    from nemo_rlhf.config import load
+    from nemo_rlhf.parallel import state
+    from nemo_rlhf.types import Prompt
+
+    state.initialize(1, 1, 0)
+    config = load("sft", ["model.restore_from=m", "exp_manager.explicit_log_dir=r", "data.train=t"])
+    rank = torch.distributed.get_rank()
+    same = origin(config, {"training": [Prompt((1, 2), "a")]}, {})
+    assert set(same["data"]) == {"training"}
+    try:
+        origin(config, {"training": [Prompt((1, 2 + rank), "a")]}, {})
+    except ValueError as error:
+        return str(error)
+    return "nothing"
