@@ -23,6 +23,7 @@ from nemo_rlhf.data import chats, training_templates
 from nemo_rlhf.data.batches import pad_for_scores
 from nemo_rlhf.data.chat_format import response_ends
 from nemo_rlhf.data.dialogues import read_dialogues
+from nemo_rlhf.data.intake import Intake
 from nemo_rlhf.data.pairs import read_pairs
 from nemo_rlhf.data.prompts import encode_prompt, read_prompts
 from nemo_rlhf.data.scores import encode_reply, read_scores
@@ -284,6 +285,19 @@ def test_messages_that_would_be_written_otherwise_are_refused(kind: str) -> None
             pieces_of("record", record, tokenizer)
     with pytest.raises(ValueError, match="prompt 0.*" + sentence):
         read_prompts([{"prompt": messages}] if messages else [{"prompt": [[]]}], tokenizer, 1000)
+
+
+def test_empty_turns_are_dropped_where_that_is_asked_for() -> None:
+    tokenizer = chat_tokenizer(FORMS["chatml"])
+    chat = [user("Hi"), assistant([{"type": "text", "text": " "}]), user(""), assistant("Yes"), user(None)]
+    (text,) = read_texts([{"messages": [CHAT[0], assistant("Yes")]}], tokenizer, 1000, "response")
+    intake = Intake(drops_empty_turns=True)
+    found = read_texts([{"messages": [CHAT[0], *chat[1:]]}], tokenizer, 1000, "response", intake=intake)
+    assert (found, intake.num_empty_turns) == ([text], 3)
+    pair = {"prompt": [user("Hi"), user("")], "chosen": "a", "rejected": "b"}
+    assert len(read_pairs([pair], tokenizer, 1000, intake=intake)) == 1 and intake.num_empty_turns == 4
+    with pytest.raises(ValueError, match=r"message 1, of the assistant, is empty.*data\.empty_turns=drop"):
+        read_texts([{"messages": chat}], tokenizer, 1000, "response")
 
 
 def test_an_empty_system_message_is_one() -> None:

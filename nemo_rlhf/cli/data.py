@@ -45,7 +45,7 @@ def run_data(file: str, config: DataCommandConfig, purpose: Purpose | None, cons
         ValueError: there is no such file, or nothing in it can be read.
     """
     data = config.data
-    intake = Intake(data.fields, "note")
+    intake = Intake(data.fields, "note", data.empty_turns == "drop")
     used = purpose or _guess(file, intake)
     directory = config.model.tokenizer or config.model.restore_from
     seen = _in_characters(file, used, intake) if directory is None else _in_tokens(file, used, intake, config)

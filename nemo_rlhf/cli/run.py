@@ -112,13 +112,16 @@ def _made_of(inputs: PPOInputs | RFTInputs) -> tuple[Data, Code]:
 
 
 def _intake(config: TrainingConfig | GenerateConfig) -> Intake:
-    return Intake(config.data.fields, config.data.on_error)  # type: ignore[arg-type]
+    data = config.data
+    return Intake(data.fields, data.on_error, data.empty_turns == "drop")  # type: ignore[arg-type]
 
 
 def _counted(algorithm: Algorithm, intake: Intake) -> Algorithm:
     """The algorithm with what was left out of its data among its metrics."""
     if intake.on_error == "skip":
         algorithm.constants["data/skipped"] = float(len(intake.refused))
+    if intake.drops_empty_turns:
+        algorithm.constants["data/empty_turns"] = float(intake.num_empty_turns)
     return algorithm
 
 

@@ -190,6 +190,7 @@ class DataConfig:
 
     fields: dict[str, str] = field(default_factory=dict)  # {prompt: question}: what the files call a field of ours
     on_error: str = "stop"  # records that cannot be used: "stop" names them all | "skip" leaves them out, counted
+    empty_turns: str = "refuse"  # of chats: "refuse" the record | "drop" the turns, counted
     chat_template: str | None = None  # a file with a Jinja template, in place of the tokenizer's; kept in checkpoints
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # variables of the template, of every chat
 

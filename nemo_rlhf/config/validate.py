@@ -158,6 +158,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "data.train_on": ("response", "all"),
     "data.too_long": ("truncate", "refuse"),
     "data.on_error": ("stop", "skip"),
+    "data.empty_turns": ("refuse", "drop"),
 }
 
 

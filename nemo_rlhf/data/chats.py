@@ -99,6 +99,16 @@ def read_chat(where: str, messages: Any, tokenizer: Any, record: Any = None) -> 
     return Chat(where, clean, tokenizer, tools, variables)
 
 
+def is_empty(message: Mapping[str, Any]) -> bool:
+    """Whether a turn says nothing: no text, no tool call and no thought. A system message may say nothing."""
+    content = message.get("content")
+    parts = content if isinstance(content, (list, tuple)) else [content]
+    texts = [part.get("text") if isinstance(part, Mapping) and "text" in part else part for part in parts]
+    says_nothing = all(text is None or (isinstance(text, str) and not text.strip()) for text in texts)
+    acts = message.get("tool_calls") or message.get("function_call") or _thoughts(message)
+    return says_nothing and not acts and message.get("role") != "system"
+
+
 def mentions(template: str, name: str) -> bool:
     """Whether a template has ``name`` among its words."""
     return re.search(rf"\b{re.escape(name)}\b", template) is not None
@@ -148,12 +158,15 @@ def _message(where: str, message: Mapping[str, Any], template: str) -> dict[str,
             raise ValueError(f'{where} has "{name}", which the tokenizer\'s chat template does not write.')
     if calls and "tool_calls" in clean:
         clean["tool_calls"] = [_call(where, call, template) for call in clean["tool_calls"]]
-    thoughts = _reasoning(where, clean, template)
+    _name_thoughts(where, clean, template)
     if "content" not in message and not calls:
         raise missing_field(where, message, ("content",))
     content = _content(where, message.get("content"))
-    if not content.strip() and not calls and not thoughts and message["role"] != "system":
-        raise ValueError(f"{where}, of the {message['role']}, is empty: give it text, or leave it out.")
+    if is_empty(message):
+        raise ValueError(
+            f"{where}, of the {message['role']}, is empty: give it text, or set data.empty_turns=drop to leave such "
+            "turns out."
+        )
     if content or "content" in clean or not calls:
         clean["content"] = content
     else:
@@ -197,11 +210,11 @@ def _call(where: str, call: Any, template: str) -> dict[str, Any]:
     return clean
 
 
-def _reasoning(where: str, message: dict[str, Any], template: str) -> bool:
-    """Whether a message has thoughts; they are put under the name that the template reads."""
-    found = [name for name in _REASONING if isinstance(message.get(name), str) and message[name].strip()]
+def _name_thoughts(where: str, message: dict[str, Any], template: str) -> None:
+    """Put a message's thoughts under the name that the template reads."""
+    found = _thoughts(message)
     if not found:
-        return False
+        return
     wanted = next((name for name in (*found, *_REASONING) if mentions(template, name)), None)
     if wanted is None:
         raise ValueError(
@@ -209,4 +222,7 @@ def _reasoning(where: str, message: dict[str, Any], template: str) -> bool:
             "the model writes it, or leave it out."
         )
     message[wanted] = message.pop(found[0])
-    return True
+
+
+def _thoughts(message: Mapping[str, Any]) -> list[str]:
+    return [name for name in _REASONING if isinstance(message.get(name), str) and message[name].strip()]

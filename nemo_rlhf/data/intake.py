@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from nemo_rlhf.data.chats import is_empty
 from nemo_rlhf.data.files import ArrowRecord, CsvRecord, Source, locate_records
 from nemo_rlhf.data.forms import Purpose, as_known
 from nemo_rlhf.data.jsons import LISTS_OF_ONE_RECORD
@@ -37,12 +38,15 @@ class Intake:
 
     ``fields``: what the user's records call a field that ours call otherwise ({"prompt": "question"}), a dotted path
     where it lies within another. ``on_error``: "stop" raises once all records have been read, "skip" leaves the bad
-    ones out with a warning, and "note" without. ``forms`` counts records of each form; ``refused`` has a sentence for
+    ones out with a warning, and "note" without. ``drops_empty_turns``: of chats, instead of their being bad records.
+    ``forms`` counts records of each form, ``num_empty_turns`` turns that were dropped; ``refused`` has a sentence for
     every bad record.
     """
 
     fields: Mapping[str, str] = field(default_factory=dict)
     on_error: OnError = "stop"
+    drops_empty_turns: bool = False
+    num_empty_turns: int = 0
     forms: Counter[str] = field(default_factory=Counter)
     refused: list[str] = field(default_factory=list)
 
@@ -64,6 +68,8 @@ class Intake:
                 num_read += 1
                 record = self.renamed(given, missing)
                 form, known = as_known(where, record, purpose)
+                if self.drops_empty_turns:
+                    known = [(place, self._without_empty_turns(one)) for place, one in known]
                 self.forms[form] += 1
             num_lost += not known
             for place, one in known:
@@ -114,6 +120,17 @@ class Intake:
                 if isinstance(record.get(name), (list, dict)):
                     record[name] = without_nulls(record[name])
         return _typed(record) if isinstance(given, CsvRecord) else record
+
+    def _without_empty_turns(self, record: Any) -> Any:
+        if not isinstance(record, dict):
+            return record
+        record = dict(record)
+        for name in ("prompt", "messages", "chosen", "rejected"):
+            if isinstance(record.get(name), (list, tuple)):
+                kept = [one for one in record[name] if not (isinstance(one, Mapping) and is_empty(one))]
+                self.num_empty_turns += len(record[name]) - len(kept)
+                record[name] = kept
+        return record
 
     def _conclude(self, refused: list[str], count: int, source: Source, purpose: Purpose) -> None:
         if not refused or self.on_error == "note":
