@@ -310,14 +310,14 @@ def test_without_validation_values_are_those_of_training_at_the_end(ilql_run: Pa
 
 
 def test_a_report_that_fails_is_told_of_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nemo_rlhf.cli import run
+    from nemo_rlhf.cli import fit
 
     def fails(directory: Path) -> Path:
         raise RuntimeError("no space for curves")
 
-    monkeypatch.setattr(run, "write_report", fails)
+    monkeypatch.setattr(fit, "write_report", fails)
     with pytest.warns(UserWarning, match="no space for curves"):
-        run._report(tmp_path)
+        fit._report(tmp_path)
 
 
 def test_a_report_shows_no_password(tmp_path: Path) -> None:
