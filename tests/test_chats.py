@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import warnings
@@ -470,6 +471,17 @@ def test_every_known_template_is_one_of_the_originals() -> None:
         if digest in training_templates.EDITS:
             with pytest.warns(UserWarning, match="drops thoughts of earlier turns"):
                 assert training_templates.training_template(original(name)) != original(name)
+
+
+def test_a_dated_template_writes_the_day_of_the_run() -> None:
+    chat = CHAT[:2]
+    for name, written in (("llama3_2", "Today Date: 02 Jan 2026\n"), ("gptoss", "Current date: 2026-01-02\n")):
+        tokenizer = chat_tokenizer(Form(original(name), "<eos>", "<eos>", "<bos>"))
+        tokenizer.chat_date = datetime.date(2026, 1, 2)
+        (prompt,) = read_prompts([{"prompt": chat[:1]}], tokenizer, 1000)
+        assert written in prompt.text
+        assert written in marked(tokenizer, {"messages": chat})
+        assert written in tokenizer.decode(read_scores([{"messages": chat, "score": 1}], tokenizer, 1000)[0].token_ids)
 
 
 # ---- long chats

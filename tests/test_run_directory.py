@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import errno
 import fcntl
 import hashlib
@@ -22,13 +23,14 @@ import yaml
 from nemo_rlhf.algorithms.base import Algorithm
 from nemo_rlhf.algorithms.samples import OURS, beside_ours
 from nemo_rlhf.cli import run_lock
-from nemo_rlhf.cli.run_directory import _check_array_job, _make
+from nemo_rlhf.cli.run_directory import _check_array_job, _make, run_date
 from nemo_rlhf.cli.run_lock import LOCK, Holder, locked
 from nemo_rlhf.config import load
 from nemo_rlhf.config.changes import FIXED, changes, fixed_values, not_allowed
 from nemo_rlhf.config.keys import schema_keys
 from nemo_rlhf.config.schema import ILQLConfig, PPOConfig, RewardModelConfig, RFTConfig, SFTConfig
 from nemo_rlhf.data.checksum import checksum
+from nemo_rlhf.parallel import state
 from nemo_rlhf.parallel.checkpoint import _remedy
 from nemo_rlhf.types import Dialogue, Pair, Prompt, ScoredText, Text
 from tests.conftest import Tiny
@@ -298,6 +300,19 @@ def test_ranks_that_read_other_data_are_named() -> None:
     assert first.startswith("rank 1 on ") and "other training or validation data than rank 0 on " in first
 
 
+def test_a_run_keeps_the_day_of_its_first_start(tmp_path: Path) -> None:
+    state.set_environment_for_one_process()
+    state.initialize(1, 1, seed=1)
+    assert run_date(tmp_path) == datetime.date.today()
+    for step, origin in ((2, {"date": "2026-01-02"}), (10, {"date": "2026-01-03"})):
+        directory = tmp_path / "checkpoints" / f"step_{step}"
+        directory.mkdir(parents=True)
+        (directory / "identity.json").write_text(json.dumps({"origin": origin}))
+    assert run_date(tmp_path) == datetime.date(2026, 1, 3)
+    (directory / "identity.json").write_text(json.dumps({"origin": {}}))  # of an earlier version
+    assert run_date(tmp_path) == datetime.date.today()
+
+
 # ---- fields, gradients
 
 
@@ -441,6 +456,12 @@ def test_what_has_changed_is_told_and_what_cannot_be_meant_is_refused(
     assert "seed: 1234 -> 5" in said("allowed", 0)
     assert "model.init was random and is pretrained" in said("other model", 2)
     assert "the reward function: tests.workers.unruly:innocent -> tests.workers.unruly:other" in said("other reward", 0)
+
+
+def test_checkpoints_have_the_day(runs: dict[str, dict[str, Any]], place: Path) -> None:
+    assert runs["again"]["code"] == 0
+    identity = json.loads((place / "sft" / "checkpoints" / "step_2" / "identity.json").read_text())
+    assert datetime.date.fromisoformat(identity["origin"]["date"]) <= datetime.date.today()
 
 
 def test_the_configuration_of_every_start_is_kept(runs: dict[str, dict[str, Any]], place: Path) -> None:

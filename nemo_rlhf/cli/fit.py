@@ -71,7 +71,7 @@ def _report(run_dir: Path) -> None:
 
 def fit(algorithm: Algorithm, config: TrainingConfig, data: Data, code: Code) -> int:
     """Train in the run's directory. ``data``: all that is learned from and validated on; ``code``: people's."""
-    algorithm.origin = origin(config, data, code)
+    algorithm.origin = {**origin(config, data, code), "date": algorithm.tokenizer.chat_date.isoformat()}
     with held(algorithm.run_dir):
         return _fit_alone(algorithm, config)
 

@@ -24,7 +24,7 @@ from nemo_rlhf.cli import stop
 from nemo_rlhf.cli.fit import EXIT_DONE, fit
 from nemo_rlhf.cli.people import open_store
 from nemo_rlhf.cli.rank import begin, end
-from nemo_rlhf.cli.run_directory import Code, Data
+from nemo_rlhf.cli.run_directory import Code, Data, run_date
 from nemo_rlhf.config.environment import check_given_environment
 from nemo_rlhf.config.sampling import sampling_values
 from nemo_rlhf.config.schema import (
@@ -85,7 +85,7 @@ def run_ppo(
     else:
         intake = Intake()
         begin(config.model, config.trainer, config.seed)
-        tokenizer, tokenizer_dir = open_tokenizer(config.model, config.data)
+        tokenizer, tokenizer_dir = _tokenizer(config)
         inputs = PPOInputs(tokenizer, tokenizer_dir, env=env, metric_fn=metric_fn)
     return fit(_counted(PPO(config, inputs), intake), config, *_made_of(inputs))
 
@@ -109,6 +109,13 @@ def _made_of(inputs: PPOInputs | RFTInputs) -> tuple[Data, Code]:
     environment = {"environment": inputs.env} if isinstance(inputs, PPOInputs) else {}
     data = {"training": inputs.prompts, "validation": inputs.validation_prompts}
     return data, {**sources, **environment, "metric function": inputs.metric_fn}
+
+
+def _tokenizer(config: TrainingConfig) -> tuple[Any, Path]:
+    """The run's tokenizer and its directory; chats are dated as they were at the run's first start."""
+    tokenizer, directory = open_tokenizer(config.model, config.data)
+    tokenizer.chat_date = run_date(Path(str(config.exp_manager.explicit_log_dir)))
+    return tokenizer, directory
 
 
 def _intake(config: TrainingConfig | GenerateConfig) -> Intake:
@@ -142,7 +149,7 @@ def _online(
     """The inputs of an algorithm that samples from prompts, once this process has become a rank of its job."""
     sources = _sources(config, reward_fn)
     begin(config.model, config.trainer, config.seed)
-    tokenizer, tokenizer_dir = open_tokenizer(config.model, config.data)
+    tokenizer, tokenizer_dir = _tokenizer(config)
 
     how = (tokenizer, config.data.max_prompt_length)
     training, validation = share_fields(
@@ -170,7 +177,7 @@ def _sources(config: PPOConfig | RFTConfig, reward_fn: RewardFunction | None) ->
 def run_sft(config: SFTConfig, *, train: Source | None = None, validation: Source | None = None) -> int:
     """Run supervised fine-tuning; as ``run_ppo``."""
     begin(config.model, config.trainer, config.seed)
-    tokenizer, tokenizer_dir = open_tokenizer(config.model, config.data)
+    tokenizer, tokenizer_dir = _tokenizer(config)
 
     data, intake = config.data, _intake(config)
     how = (tokenizer, data.max_sequence_length, data.train_on)
@@ -194,7 +201,7 @@ def run_ilql(
     if reward_fn is None and config.reward.function is not None:
         reward_fn = load_function(config.reward.function)
     begin(config.model, config.trainer, config.seed)
-    tokenizer, tokenizer_dir = open_tokenizer(config.model, config.data)
+    tokenizer, tokenizer_dir = _tokenizer(config)
     data, intake = config.data, _intake(config)
     how: dict[str, Any] = {"too_long": data.too_long, "intake": intake}
     limit = data.max_sequence_length
@@ -223,7 +230,7 @@ def run_ilql(
 def run_reward(config: RewardModelConfig) -> int:
     """Train a reward model; as ``run_ppo``."""
     begin(config.model, config.trainer, config.seed)
-    tokenizer, tokenizer_dir = open_tokenizer(config.model, config.data)
+    tokenizer, tokenizer_dir = _tokenizer(config)
     regression = config.reward_model.loss == "regression"
     kind, read = (ScoreTraining, read_scores) if regression else (PairTraining, read_pairs)
     limit, data, intake = config.data.max_sequence_length, config.data, _intake(config)

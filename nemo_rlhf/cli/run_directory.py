@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import inspect
 import os
@@ -9,7 +10,7 @@ import re
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch.distributed as dist
 import yaml
 
 from nemo_rlhf.algorithms.base import stored_origin
+from nemo_rlhf.cli.callbacks import stored_checkpoints
 from nemo_rlhf.cli.run_lock import locked
 from nemo_rlhf.config import dump
 from nemo_rlhf.config.changes import DATA, Change, changes, fixed_values, not_allowed
@@ -82,6 +84,18 @@ def _make(run_dir: Path) -> None:
             raise OSError(f"{path} cannot be written: change its permissions, or choose another run directory.")
     if not os.access(run_dir, os.W_OK | os.X_OK):
         raise OSError(f"The run directory {run_dir} cannot be written: change its permissions, or choose another.")
+
+
+def run_date(run_dir: Path) -> datetime.date:
+    """The day of a run's first start, by its newest checkpoint; of a new run today, by rank 0's clock. All ranks call
+    it, and get the same."""
+    day = [datetime.date.today()]
+    if dist.get_rank() == 0:
+        for directory in stored_checkpoints(run_dir)[-1:]:
+            with suppress(OSError, ValueError, KeyError, TypeError):  # a damaged one is told where it is read
+                day = [datetime.date.fromisoformat(stored_origin(directory)["date"])]
+    dist.broadcast_object_list(day, src=0)
+    return day[0]
 
 
 def origin(config: TrainingConfig, data: Data, code: Code) -> dict[str, Any]:

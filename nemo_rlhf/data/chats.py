@@ -15,6 +15,8 @@ from nemo_rlhf.data.records import missing_field
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 # A template that takes a tool call's arguments for an object.
 _READS_OBJECTS = re.compile(r"arguments['\"\]]*\s*\|\s*(tojson|items)")
+# How a template asks for the date: with the format in quotes.
+_TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 # Arguments of apply_chat_template that are not the template's.
 _RESERVED = {
     *("add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents", "messages"),
@@ -25,15 +27,14 @@ _RESERVED = {
 
 @dataclass(frozen=True)
 class Chat:
-    """Messages, tools and variables for the chat template of ``tokenizer``. ``where`` begins error messages;
-    ``template`` takes the place of the tokenizer's own."""
+    """Messages, tools and variables for a chat template of ``tokenizer``; ``where`` begins error messages."""
 
     where: str
     messages: tuple[dict[str, Any], ...]
     tokenizer: Any
     tools: tuple[Any, ...] | None
     variables: Mapping[str, Any]
-    template: str | None = None
+    template: str
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, prompts: bool = False, continues: bool = False) -> str:
         """The text of ``messages``, some of the chat's own.
@@ -96,7 +97,14 @@ def read_chat(where: str, messages: Any, tokenizer: Any, record: Any = None) -> 
         raise ValueError(f'{where} has "tools", which the tokenizer\'s chat template does not write: leave them out.')
     variables = {**getattr(tokenizer, "chat_template_kwargs", {}), **_variables(where, fields, template)}
     clean = tuple(_message(f"{where}: message {index}", one, template) for index, one in enumerate(messages))
-    return Chat(where, clean, tokenizer, tools, variables)
+    return Chat(where, clean, tokenizer, tools, variables, dated(template, tokenizer))
+
+
+def dated(template: str, tokenizer: Any) -> str:
+    """A template that writes the day of the run, ``tokenizer.chat_date``, where it would write today: a run that goes
+    on tomorrow, or on a node in another time zone, learns from the same texts."""
+    day = getattr(tokenizer, "chat_date", None)
+    return template if day is None else _TODAY.sub(lambda call: json.dumps(day.strftime(call[2])), template)
 
 
 def is_empty(message: Mapping[str, Any]) -> bool:

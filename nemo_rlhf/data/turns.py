@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from nemo_rlhf.data.chat_format import chat_format, response_ends, up_to_end
-from nemo_rlhf.data.chats import Chat
+from nemo_rlhf.data.chats import Chat, dated
 from nemo_rlhf.data.tokenizer import encode
 from nemo_rlhf.data.training_templates import training_template
 
@@ -28,14 +28,14 @@ def chat_pieces(chat: Chat) -> list[Piece]:
     Raises:
         ValueError: there is no such turn, or the template writes earlier turns differently when more follow.
     """
-    own = chat.tokenizer.get_chat_template(tools=chat.tools)
-    chat = replace(chat, template=training_template(own))
+    keeping = training_template(chat.tokenizer.get_chat_template(tools=chat.tools))
+    chat = chat if keeping is None else replace(chat, template=dated(keeping, chat.tokenizer))
     weights = [message.get("weight") for message in chat.messages if message["role"] == "assistant"]
     if all(weight == 0 for weight in weights):
         raise ValueError(f"{chat.where} have no turn of the assistant to learn.")
     whole = chat.render(chat.messages)
-    is_marked = GENERATION_MARK.search(chat.template or own) is not None
-    spans = _marked_spans(chat, chat.template or own) if is_marked else find_spans(chat, whole)
+    is_marked = GENERATION_MARK.search(chat.template) is not None
+    spans = _marked_spans(chat) if is_marked else find_spans(chat, whole)
     if spans is None:
         raise ValueError(
             f"{chat.where}: the chat template writes messages differently when more follow, so the assistant's tokens "
@@ -137,7 +137,7 @@ def _stretches(messages: Sequence[Any]) -> Iterator[Span]:
             first = index + 1
 
 
-def _marked_spans(chat: Chat, template: str) -> list[Span]:
+def _marked_spans(chat: Chat) -> list[Span]:
     """Where the template's marks say that the assistant speaks, in characters.
 
     apply_chat_template(return_assistant_tokens_mask=True) has these too, but its mask is wrong where a stretch begins
@@ -148,7 +148,7 @@ def _marked_spans(chat: Chat, template: str) -> list[Span]:
     rendered: Any = render_jinja_template(  # annotated there as str
         [list(chat.messages)],
         tools=None if chat.tools is None else list(chat.tools),
-        chat_template=template,
+        chat_template=chat.template,
         return_assistant_tokens_mask=True,
         **{**chat.tokenizer.special_tokens_map, **chat.variables},
     )
