@@ -24,6 +24,7 @@ from nemo_rlhf.feedback.given import read_pair
 from nemo_rlhf.feedback.records import MAX_TEXT, VERDICTS, NewTask, Vote
 from nemo_rlhf.feedback.simulate import SimulatedAnnotators
 from nemo_rlhf.feedback.store import Store, run_name
+from nemo_rlhf.files import alone
 from tests.conftest import Tiny
 from tests.feedback import say, tasks, verdicts
 from tests.jobs import Job
@@ -156,7 +157,7 @@ def test_what_an_export_replaces(file_store: Store, tmp_path: Path, monkeypatch:
     rename = Path.rename
 
     def fails(self: Path, target: Path) -> Path:
-        if ".partial-" in self.name:
+        if self.name.endswith(".partial"):
             raise OSError(28, "No space left on device")
         return rename(self, target)
 
@@ -165,6 +166,16 @@ def test_what_an_export_replaces(file_store: Store, tmp_path: Path, monkeypatch:
         export_file(file_store, run_id, "conversational", out, force=True)
     assert len(datasets.load_from_disk(str(out))) == 4 and exports(file_store) == before
     assert not list(tmp_path.glob(".*"))
+
+
+def test_two_do_not_write_one_export(file_store: Store, tmp_path: Path) -> None:
+    run_id = compared(file_store)
+    for name in ("set", "pairs.jsonl"):
+        out = tmp_path / name
+        with alone(out), pytest.raises(ValueError, match=f"{name} is being written by another process"):
+            export_file(file_store, run_id, "pairs", out)
+        export_file(file_store, run_id, "pairs", out)
+    assert {path.name for path in tmp_path.iterdir()} >= {"set", "pairs.jsonl"} and not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "src/thesis.tex", ".git/HEAD", "data-of-mine.arrow"])

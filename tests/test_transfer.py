@@ -28,6 +28,7 @@ from nemo_rlhf.convert.checkpoint import CheckpointSource
 from nemo_rlhf.convert.locate import resolve_restore_from
 from nemo_rlhf.convert.safetensors_io import lay_out
 from nemo_rlhf.convert.source import open_hf
+from nemo_rlhf.files import alone
 from nemo_rlhf.parallel import checkpoint, manifest, state
 from nemo_rlhf.parallel.gpt import build_gpt
 from tests.jobs import error_lines
@@ -430,6 +431,15 @@ to_megatron.fill, to_megatron._FILE, to_megatron._CHUNK = fill, 7000, 1500
 if __name__ == "__main__":
     transfer.import_hf(*map(Path, sys.argv[1:]), workers=2)
 """
+
+
+def test_two_do_not_write_one_directory(hf: Path, tmp_path: Path) -> None:
+    target = tmp_path / "ckpt"
+    with alone(target), pytest.raises(ValueError, match=r"ckpt is being written by another process: wait for it"):
+        import_hf(hf, target)
+    assert not list(tmp_path.iterdir())
+    import_hf(hf, target)
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
 
 
 def test_killed_in_the_middle(hf: Path, tmp_path: Path) -> None:

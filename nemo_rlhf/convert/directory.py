@@ -9,6 +9,7 @@ from pathlib import Path
 
 from nemo_rlhf.config.architecture import FILE_NAME
 from nemo_rlhf.convert.locate import CONFIG, TOKENIZER
+from nemo_rlhf.files import alone
 from nemo_rlhf.parallel.manifest import MANIFEST, fsync
 from nemo_rlhf.untrusted import read_json, stranger
 
@@ -88,16 +89,27 @@ def new_directory(target: Path, source: Path, force: bool, size: int) -> Iterato
         size: bytes that will be needed.
 
     Raises:
-        ValueError: as ``check_target``; or the parent of ``target`` cannot be written, or has too little room.
+        ValueError: as ``check_target``; or the parent of ``target`` cannot be written, or has too little room, or
+            another process is writing ``target``.
         OSError: a file could not be written; what was at ``target`` is untouched.
     """
     check_target(target, source, force)
     target = target.resolve()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{target.parent} cannot be made ({error.strerror}): choose another place.") from None
+    with alone(target), _filled(target, size) as unfinished:
+        yield unfinished
+
+
+@contextmanager
+def _filled(target: Path, size: int) -> Iterator[Path]:
     unfinished = target.parent / f".{target.name}.unfinished"
     replaced = target.parent / f".{target.name}.replaced"
     try:
         _remove(unfinished)
-        unfinished.mkdir(parents=True)
+        unfinished.mkdir()
     except OSError as error:
         raise ValueError(f"{target.parent} cannot be written to ({error.strerror}): choose another place.") from None
     try:

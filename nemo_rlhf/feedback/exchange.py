@@ -23,6 +23,7 @@ from nemo_rlhf.feedback.given import GivenPair
 from nemo_rlhf.feedback.records import FORMS, Comparison
 from nemo_rlhf.feedback.store import Store
 from nemo_rlhf.feedback.tables import Candidate, ComparisonRow, Export, Prompt, Run, Task
+from nemo_rlhf.files import alone
 from nemo_rlhf.untrusted import stranger
 
 _AT_ONCE = 500
@@ -91,18 +92,18 @@ def export_file(store: Store, run_id: int, form: str, out: Path, *, force: bool 
         raise ValueError(f"{out} is where this command runs, which is not replaced: name another directory.")
     if not out.absolute().parent.is_dir():
         raise ValueError(f"There is no directory {out.absolute().parent} for {out.name}: create it first.")
-    partial = out.absolute().with_name(f".{out.name}.partial-{os.getpid()}")
+    out = out.absolute()
+    partial = out.with_name(f".{out.name}.partial")
     taken = _Taken()
-    try:
-        (_write_lines if out.suffix else _write_dataset)(_records(store, run_id, form, taken), partial)
-        if not taken.pairs:
-            raise ValueError("There is nothing to export: no comparison says which answer is better.")
-        _publish(partial, out.absolute())
-    finally:
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        else:
-            partial.unlink(missing_ok=True)
+    with alone(out):
+        try:
+            _remove(partial)
+            (_write_lines if out.suffix else _write_dataset)(_records(store, run_id, form, taken), partial)
+            if not taken.pairs:
+                raise ValueError("There is nothing to export: no comparison says which answer is better.")
+            _publish(partial, out)
+        finally:
+            _remove(partial)
     _note(store, run_id, form, taken)
     return taken.pairs
 
@@ -113,6 +114,13 @@ def _no_dataset(directory: Path) -> str | None:
         return "something else than a data set"
     other = stranger(directory, _DATASET)
     return None if other is None else f"{other} beside a data set"
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _publish(partial: Path, out: Path) -> None:
