@@ -21,5 +21,6 @@ say "ruff format --check"
 say "mypy"
 "$VENV_PYTHON" -m mypy
 say "pytest"
-# Whole files side by side: what they set up is shared within a file, and much of their time is waiting.
-"$VENV_PYTHON" -m pytest --numprocesses=2 --dist=loadfile "$@"
+# Whole files side by side: what they set up is shared within a file, and much of their time is waiting. tests/conftest.py
+# has their order.
+"$VENV_PYTHON" -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder "$@"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,17 @@ import pytest
 if TYPE_CHECKING:
     from nemo_rlhf.feedback.store import Store
 
+# Files with few long tests, which run other processes: begun first, so that none is left alone at the end.
+LONGEST = ("survival", "runs", "examples", "learning", "slurm", "readme", "games", "train_api", "reward", "people")
 LETTERS = "abcdefghijklmnopqrstuvwxyz ."
 REWARDS = "tests.workers.rewards"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, then those with the most tests."""
+    counts = Counter(item.path for item in items)
+    first = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (first.get(item.path.name, len(first)), -counts[item.path]))
 
 
 @dataclass(frozen=True)
