@@ -192,7 +192,7 @@ def test_special_tokens_that_a_policy_spells_are_words() -> None:
     tokenizer = chat_tokenizer(FORMS["chatml"])
     prompt = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    spelled = "a<|im_end|>\n<|im_start|>user\nb"
+    spelled = "a<|im_end|>\n<|im_start|>user\nb"  # by a policy; who writes this into a chat is told
     ids = encode_reply(prompt, spelled, tokenizer)
     assert ids.count(end) == 2 and tokenizer.decode(ids) == f"{prompt}{spelled}<|im_end|>"
     assert encode_reply(prompt, "a<|im_end|>", tokenizer) == encode_reply(prompt, "a", tokenizer)
@@ -232,9 +232,12 @@ def test_bos_stands_once_at_the_start(name: str) -> None:
         want = 0 if bos is None or (name == "zephyr" and text == texts[2]) else 1
         assert [ids[:1], ids[1:].count(bos)] == [[bos] if want else ids[:1], 0], text
         assert ids[:1] != [bos] or want
-        for record in ({"prompt": text, "response": "a"}, {"text": text}, [text, "a"]):
+        for record in ({"prompt": text, "response": "a"}, {"text": f"{text}a"}, [text, "a"]):
             (read,) = read_texts([record], tokenizer, 1000, "all")
             assert read.token_ids[: len(ids)] == tuple(ids)
+        assert encode_prompt(f"{form.bos or ''}{form.bos or ''}Hi", tokenizer, "prompt")[0].count(bos) == (
+            bos is not None
+        )
         assert encode_reply(text, "a", tokenizer)[: len(ids)] == tuple(ids)
     (chat,) = read_prompts([{"prompt": CHAT[:1]}], tokenizer, 1000)
     assert list(chat.token_ids) == tokenizer.apply_chat_template(CHAT[:1], add_generation_prompt=True)["input_ids"]
@@ -274,6 +277,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "no messages": ([], 'each must be an object with "role"'),
     "calls": ([user("a"), assistant(None, tool_calls=[{"name": "f"}])], 'message 1 has "tool_calls", which the'),
     "thoughts": ([user("a"), assistant("b", reasoning="hm")], 'message 1 has "reasoning", which the tokenizer'),
+    "words behind an end": ([user("a"), assistant("b<|im_end|> c")], "message 1: the response goes on behind <.im_end"),
+    "half a weight": ([user("a"), assistant("b", weight=0.5)], "message 1 has the weight 0.5: give 1, or 0"),
 }
 
 
@@ -299,6 +304,71 @@ def test_empty_turns_are_dropped_where_that_is_asked_for() -> None:
     assert len(read_pairs([pair], tokenizer, 1000, intake=intake)) == 1 and intake.num_empty_turns == 4
     with pytest.raises(ValueError, match=r"message 1, of the assistant, is empty.*data\.empty_turns=drop"):
         read_texts([{"messages": chat}], tokenizer, 1000, "response")
+
+
+def test_who_speaks_has_other_names() -> None:
+    """And a message of somebody whom a template passes over is not lost without a word."""
+    tokenizer = chat_tokenizer(Form(original("qwen3"), "<eos>", "<|im_end|>"))
+    chat = [{"role": "developer", "content": "Be kind"}, {"role": "human", "content": "Hi"}]
+    (prompt,) = read_prompts([{"prompt": chat}], tokenizer, 1000)
+    assert (
+        prompt.text == "<|im_start|>system\nBe kind<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    with pytest.raises(ValueError, match=r"record.* does not write message 2, of the critic"):
+        pieces_of("record", {"prompt": [*chat, {"role": "critic", "content": "No"}], "response": "a"}, tokenizer)
+    phi = chat_tokenizer(Form(original("phi3"), "<eos>", "<|end|>"))
+    with pytest.raises(ValueError, match="does not write message 1, of the tool"):
+        read_scores(
+            [{"messages": [user("Hi"), {"role": "tool", "content": "42"}, assistant("a")], "score": 1}], phi, 99
+        )
+
+
+def test_tool_results_may_be_written_as_json() -> None:
+    tokenizer = chat_tokenizer(Form(original("llama3_1"), "<eos>", "<|eot_id|>", "<bos>"))
+    calls = [{"function": {"name": "weather", "arguments": {"city": "Köln"}}}]
+    chat = [user("Hi"), assistant(None, tool_calls=calls), {"role": "tool", "content": 'a "sunny" day in Köln'}]
+    assert "sunny" in read_prompts([{"prompt": chat}], tokenizer, 5000)[0].text
+
+
+def test_a_rendered_chat_as_text_ends_where_it_does_as_messages() -> None:
+    tokenizer = chat_tokenizer(FORMS["chatml"])
+    text = tokenizer.apply_chat_template(CHAT, tokenize=False)
+    (score,) = read_scores([{"text": text, "score": 1}], tokenizer, 1000)
+    assert score.token_ids == read_scores([{"messages": CHAT, "score": 1}], tokenizer, 1000)[0].token_ids
+    assert marked(tokenizer, {"text": text}) == f"[{text.removesuffix(chr(10))}]"
+
+
+def test_a_template_that_marks_too_little_is_refused() -> None:
+    written = (
+        "{% if m.tool_calls %}{{ m.tool_calls }}{% elif m.role == 'user' %}{{ m.content }}{% else %}"
+        "{% generation %}{{ m.content }}{% endgeneration %}{% endif %}"
+    )
+    template = FORMS["chatml"].template.replace("{{ m.content }}", written)
+    tokenizer = chat_tokenizer(Form(template, "<|endoftext|>", "<|im_end|>"))
+    called = assistant(None, tool_calls=[{"function": {"name": "f", "arguments": {}}}])
+    with pytest.raises(ValueError, match=r"the chat template marks \d of the assistant's 4 turns"):
+        pieces_of("record", {"messages": [*CHAT, user("a"), called, user("b"), called]}, tokenizer)
+
+
+def test_the_last_turn_of_a_template_without_headers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of Mistral's, which writes the system's message in front of the user's last one."""
+    template = (
+        "{{ bos_token }}{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}"
+        "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}{% if m.role == 'user' %}[INST] "
+        "{% if loop.index0 == ns.last and messages[0].role == 'system' %}{{ messages[0].content }}\n\n{% endif %}"
+        "{{ m.content }}[/INST]{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    tokenizer = chat_tokenizer(Form(template, "</s>", "</s>", "<s>", adds_bos=True))
+    chat = [{"role": "system", "content": "Be kind"}, *CHAT]
+    (score,) = read_scores([{"messages": chat, "score": 1}], tokenizer, 1000)
+    assert tokenizer.decode(score.token_ids).endswith("[INST] Be kind\n\nAnd?[/INST] <b>Bye</b></s>")
+
+
+def test_a_switch_of_a_template_is_no_place_for_thoughts() -> None:
+    template = FORMS["chatml"].template + "{% if not thinking is defined %}{% set thinking = false %}{% endif %}"
+    tokenizer = chat_tokenizer(Form(template, "<|endoftext|>", "<|im_end|>"))
+    with pytest.raises(ValueError, match='has "reasoning_content", which the tokenizer'):
+        pieces_of("record", {"messages": [user("a"), assistant("b", reasoning_content="hm")]}, tokenizer)
 
 
 def test_an_empty_system_message_is_one() -> None:

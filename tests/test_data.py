@@ -310,7 +310,9 @@ def test_chat_prompt_with_a_response_is_the_rollouts_prompt():
 
 def test_chat_template_that_rewrites_earlier_turns_is_refused():
     tokenizer = make_tokenizer()
-    tokenizer.chat_template = CHAT.replace("{{ m.content }}", "{{ m.content if loop.last else 'j' }}")
+    tokenizer.chat_template = CHAT.replace(
+        "{{ m.content }}", "{{ m.content if loop.last or m.role == 'user' else 'j' }}"
+    )
     chat = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     with pytest.raises(ValueError, match=r"text 0: messages.*differently.*generation"):
         read_one({"messages": [{"role": r, "content": c} for r, c in chat]}, tokenizer)

@@ -37,6 +37,7 @@ def became(record: Any, purpose: Any, **how: Any) -> list[dict[str, Any]]:
 
 
 A, B = user("a"), said("b")
+PARTS = [{"type": "text", "text": "b"}, {"type": "text", "text": "c"}]
 SYSTEM = {"role": "system", "content": "s"}
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 OPENAI_CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
@@ -46,10 +47,10 @@ SFT = {
     "TRL language modelling": ({"text": "a b"}, {"text": "a b"}),
     "TRL language modelling, chat": ({"messages": [A, B]}, {"messages": [A, B]}),
     "TRL prompt-completion": ({"prompt": "a", "completion": "b"}, {"prompt": "a", "response": "b"}),
-    "TRL prompt-completion, chat": ({"prompt": [A], "completion": [B]}, {"prompt": [A], "response": "b"}),
+    "TRL prompt-completion, chat": ({"prompt": [A], "completion": [B]}, {"messages": [A, B]}),
     "of parts": (
-        {"prompt": [A], "completion": [said([{"type": "text", "text": "b"}, {"type": "text", "text": "c"}])]},
-        {"prompt": [A], "response": "bc"},
+        {"prompt": [A], "completion": [said(PARTS)]},
+        {"messages": [A, said(PARTS)]},
     ),
     "a completion of several turns": (
         {"prompt": [A], "completion": [said(None, tool_calls=[CALL]), {"role": "tool", "content": "1"}, B]},
@@ -128,7 +129,7 @@ PAIRS = {
     ),
     "TRL explicit, chat": (
         {"prompt": [A], "chosen": [B], "rejected": [said("c")]},
-        {"prompt": [A], "chosen": "b", "rejected": "c"},
+        {"chosen": [A, B], "rejected": [A, said("c")]},
     ),
     "TRL implicit": ({"chosen": "a b", "rejected": "a c"}, {"chosen": "a b", "rejected": "a c"}),
     "TRL implicit, chat": (
@@ -142,15 +143,19 @@ PAIRS = {
     ),
     "UltraFeedback binarized": (
         {"prompt": "a", "messages": [A, B], "chosen": [A, B], "rejected": [A, said("c")], "score_chosen": 8.0},
-        {"prompt": [A], "chosen": "b", "rejected": "c"},
+        {"chosen": [A, B], "rejected": [A, said("c")]},
     ),
     "text prompt, replies as messages": (
         {"prompt": "a", "chosen": [B], "rejected": [said("c")]},
-        {"prompt": [A], "chosen": "b", "rejected": "c"},
+        {"chosen": [A, B], "rejected": [A, said("c")]},
+    ),
+    "a prompt in text that replies repeat in parts": (
+        {"prompt": "bc", "chosen": [user(PARTS), B], "rejected": [user(PARTS), said("c")]},
+        {"chosen": [user(PARTS), B], "rejected": [user(PARTS), said("c")]},
     ),
     "a prompt that the sides repeat": (
         {"prompt": [SYSTEM, A], "chosen": [SYSTEM, A, B], "rejected": [SYSTEM, A, said("c")]},
-        {"prompt": [SYSTEM, A], "chosen": "b", "rejected": "c"},
+        {"chosen": [SYSTEM, A, B], "rejected": [SYSTEM, A, said("c")]},
     ),
     "tool calls": (
         {"prompt": [A], "chosen": [said(None, tool_calls=[OPENAI_CALL])], "rejected": [B], "tools": []},
@@ -162,11 +167,15 @@ PAIRS = {
             "preferred_output": [B],
             "non_preferred_output": [said("c")],
         },
-        {"prompt": [A], "chosen": "b", "rejected": "c", "tools": [{"type": "function"}]},
+        {"chosen": [A, B], "rejected": [A, said("c")], "tools": [{"type": "function"}]},
     ),
     "NeMo-RL": (
         {"context": [A], "completions": [{"rank": 1, "completion": [said("c")]}, {"rank": 0, "completion": [B]}]},
-        {"prompt": [A], "chosen": "b", "rejected": "c"},
+        {"chosen": [A, B], "rejected": [A, said("c")]},
+    ),
+    "NeMo-RL, ranks of pandas": (
+        {"context": "a", "completions": [{"rank": 1.0, "completion": "c"}, {"rank": 0.0, "completion": "b"}]},
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
     ),
     "HelpSteer": (
         {"context": [A], "response1": "c", "response2": "b", "overall_preference": 2},
@@ -186,7 +195,11 @@ SCORES = {
     ),
     "TRL unpaired, bad, chat": (
         {"prompt": [A], "completion": [B], "label": False},
-        {"prompt": [A], "response": "b", "reward": 0.0},
+        {"messages": [A, B], "reward": 0.0},
+    ),
+    "TRL unpaired, bad, a number": (
+        {"prompt": "a", "completion": "b", "label": 0},
+        {"prompt": "a", "response": "b", "reward": 0.0},
     ),
     "NeMo-Aligner attribute": ({"text": "a", "label": [4]}, {"text": "a", "reward": 4}),
     "ShareGPT": (
@@ -351,7 +364,7 @@ def test_fields_are_named_by_the_user(tokenizer: Any) -> None:
         {"prompt": "d", "response": "j"}
     ]
     pair = {"prompt": "a", "chosen": [A, B], "rejected": [A, said("c")]}
-    assert became(pair, "sft", fields={"response": "chosen"}) == [{"prompt": [A], "response": "b"}]
+    assert became(pair, "sft", fields={"response": "chosen"}) == [{"messages": [A, B]}]
     assert became({"text": "a", "label": [4, 0]}, "scores", fields={"score": "label.1"})[0]["text"] == "a"
     (prompt,) = read_prompts(
         [record], tokenizer, 8, intake=Intake({"prompt": "question", "answer": "extra_info.answer"})

@@ -23,7 +23,7 @@ import yaml
 from nemo_rlhf.algorithms.base import Algorithm
 from nemo_rlhf.algorithms.samples import OURS, beside_ours
 from nemo_rlhf.cli import run_lock
-from nemo_rlhf.cli.run_directory import _check_array_job, _make, run_date
+from nemo_rlhf.cli.run_directory import _check_array_job, _contents, _make, run_date
 from nemo_rlhf.cli.run_lock import LOCK, Holder, locked
 from nemo_rlhf.config import load
 from nemo_rlhf.config.changes import FIXED, changes, fixed_values, not_allowed
@@ -200,7 +200,7 @@ def test_tasks_of_an_array_job_have_directories_of_their_own(no_job: None, monke
     for shared in ("runs/ppo", "runs/ppo_13", "runs/30"):
         with pytest.raises(OSError, match=r"task 3 of an array job of 8, .*oc\.env:SLURM_ARRAY_TASK_ID"):
             _check_array_job(Path(shared))
-    for own in ("runs/ppo_3", "runs/3/ppo", "runs/seed3"):
+    for own in ("runs/ppo_3", "runs/3/ppo", "runs/seed3", "runs/seed_003"):
         _check_array_job(Path(own))
     monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "1")
     _check_array_job(Path("runs/ppo"))
@@ -325,13 +325,26 @@ def test_a_run_keeps_the_day_of_its_first_start(tmp_path: Path) -> None:
     state.set_environment_for_one_process()
     state.initialize(1, 1, seed=1)
     assert run_date(tmp_path) == datetime.date.today()
-    for step, origin in ((2, {"date": "2026-01-02"}), (10, {"date": "2026-01-03"})):
+    for step, origin in ((2, {"date": "2026-01-03"}), (10, {"date": "2026-01-03"}), (11, [])):
         directory = tmp_path / "checkpoints" / f"step_{step}"
         directory.mkdir(parents=True)
         (directory / "identity.json").write_text(json.dumps({"origin": origin}))
     assert run_date(tmp_path) == datetime.date(2026, 1, 3)
-    (directory / "identity.json").write_text(json.dumps({"origin": {}}))  # of an earlier version
+    for directory in (tmp_path / "checkpoints").iterdir():
+        (directory / "identity.json").write_text(json.dumps({"origin": {}}))  # of an earlier version
     assert run_date(tmp_path) == datetime.date.today()
+
+
+def test_a_model_is_known_by_what_its_directory_holds(tmp_path: Path) -> None:
+    for name, layers in (("here", 2), ("there", 2), ("other", 3)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"num_hidden_layers": layers}))
+        (tmp_path / name / "model.safetensors").write_bytes(b"x" * 100)
+    here, there, other = (_contents(tmp_path / name) for name in ("here", "there", "other"))
+    assert here == there != other and here is not None
+    (tmp_path / "there" / "model.safetensors").write_bytes(b"x" * 101)
+    assert _contents(tmp_path / "there") != here
+    assert _contents(None) is None is _contents(tmp_path / "absent")
 
 
 # ---- fields, gradients

@@ -23,6 +23,7 @@ from nemo_rlhf.data.records import finite_reward, margin_of, rewards_of, score_o
 EXIT_DONE, EXIT_REFUSED = 0, 2
 MAX_CHARACTERS = 4000
 BAR, NUM_BINS = 40, 10
+_LONG = 1 << 40  # tokens: no text has so many
 LEARNED = "bold green"
 
 Shown = list[tuple[str, bool]]  # stretches of text, and whether they are learned
@@ -63,6 +64,9 @@ def run_data(file: str, config: DataCommandConfig, purpose: Purpose | None, cons
     for name, lengths in (("prompts", seen.prompts), ("whole texts", seen.texts)):
         if lengths:
             console.print(Text("\n".join(["", *_histogram(f"{seen.unit} of {len(lengths)} {name}", lengths)])))
+    if num_long := sum(length > data.max_sequence_length for length in seen.texts if seen.unit == "tokens"):
+        limit = f"data.max_sequence_length={data.max_sequence_length}"
+        console.print(Text(f"\n{num_long} are longer than {limit}: training cuts them, or leaves them out."))
     for number, text in enumerate(seen.first):
         of = f", text {number + 1} of {len(seen.first)}" if len(seen.first) > 1 else ""
         console.print(Text(f"\nThe first {WHAT[used]}{of}, with what is learned in ⟦⟧:"))
@@ -198,7 +202,7 @@ def _in_tokens(file: str, purpose: Purpose, intake: Intake, config: DataCommandC
             seen.prompts = [len(prompt.token_ids) for prompt in prompts]
             seen.first = [[(prompt.text, False)] for prompt in prompts[:1]]
             return seen
-        limit = data.max_sequence_length
+        limit = _LONG  # how long texts are is what is asked; training cuts them, or leaves them out
         if purpose == "sft":
             texts = read_texts(file, tokenizer, limit, data.train_on, **how)  # type: ignore[arg-type]
             masks = [[(text.token_ids, text.loss_mask)] for text in texts]
@@ -212,7 +216,7 @@ def _in_tokens(file: str, purpose: Purpose, intake: Intake, config: DataCommandC
             scored = read_scores(file, tokenizer, limit, **how)
             masks = [[(one.token_ids, [False] * (len(one.token_ids) - 1) + [True])] for one in scored]
     except ValueError as error:
-        if not intake.refused:  # otherwise it is only that none of them is left
+        if not intake.refused or "is left within" not in str(error):  # otherwise it only says that none is left
             intake.refused.append(str(error))
     for record in masks:
         stretches = [_stretches(ids, mask) for ids, mask in record]

@@ -22,14 +22,16 @@ from nemo_rlhf.algorithms.base import stored_origin
 from nemo_rlhf.cli.callbacks import stored_checkpoints
 from nemo_rlhf.cli.run_lock import locked
 from nemo_rlhf.config import dump
-from nemo_rlhf.config.changes import DATA, Change, changes, fixed_values, not_allowed
+from nemo_rlhf.config.changes import DATA, MODELS, Change, changes, fixed_values, not_allowed
 from nemo_rlhf.config.dumping import write_private
+from nemo_rlhf.config.rules import has_key, value_of
 from nemo_rlhf.config.schema import TrainingConfig
 from nemo_rlhf.data.checksum import checksum
 from nemo_rlhf.parallel import checkpoint
 from nemo_rlhf.rollout.pool import Pool
 
 CONFIG = "config.yaml"
+_DESCRIBES = 1 << 20  # bytes; larger files hold vocabularies and indexes
 _DIRECTORIES = ("checkpoints", "rollouts", "validation", "values", "logs", "tensorboard")
 _FILES = ("metrics.jsonl", CONFIG, "report.html")
 _REPLACED = (CONFIG, "report.html")  # by new files, so that their own permissions do not matter
@@ -59,7 +61,7 @@ def held(run_dir: Path) -> Iterator[None]:
 def _check_array_job(run_dir: Path) -> None:
     """Tasks of an array job are runs of their own, whose directories must differ: each has the task's number in it."""
     task, count = os.environ.get("SLURM_ARRAY_TASK_ID", ""), os.environ.get("SLURM_ARRAY_TASK_COUNT", "1")
-    if count != "1" and task and not re.search(rf"(?<!\d){re.escape(task)}(?!\d)", str(run_dir)):
+    if count != "1" and task and not re.search(rf"(?<!\d)0*{re.escape(task)}(?!\d)", str(run_dir)):
         raise OSError(
             f"This is task {task} of an array job of {count}, and all of them would run in {run_dir}: put the task's "
             "number into it, as in 'exp_manager.explicit_log_dir=runs/${oc.env:SLURM_ARRAY_TASK_ID}'."
@@ -92,8 +94,8 @@ def run_date(run_dir: Path) -> datetime.date:
     it, and get the same."""
     day = [datetime.date.today()]
     if dist.get_rank() == 0:
-        for directory in stored_checkpoints(run_dir)[-1:]:
-            with suppress(OSError, ValueError, KeyError, TypeError):  # a damaged one is told where it is read
+        for directory in stored_checkpoints(run_dir):  # the newest comes last
+            with suppress(Exception):  # a damaged one is told where it is read
                 day = [datetime.date.fromisoformat(stored_origin(directory)["date"])]
     dist.broadcast_object_list(day, src=0)
     return day[0]
@@ -121,9 +123,23 @@ def origin(config: TrainingConfig, data: Data, code: Code) -> dict[str, Any]:
     return {
         "config": yaml.safe_load(dump(config)),
         "fixed": fixed_values(config),
+        "models": {key: _contents(value_of(config, key)) for key in MODELS if has_key(config, key)},
         "data": sums,
         "code": described,
     }
+
+
+def _contents(directory: Any) -> str | None:
+    """A checksum of a model's directory that takes no reading of its weights: names, sizes, and what describes it."""
+    root = Path(str(directory))
+    if directory is None or not root.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(path for path in root.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode(errors="surrogateescape"))
+        if path.suffix in (".json", ".yaml") and path.stat().st_size < _DESCRIBES:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _describe(function: Callable[..., Any]) -> dict[str, str]:
@@ -147,8 +163,11 @@ def check_resumption(config: TrainingConfig, found: Mapping[str, Any], resume: P
     """
     before = stored_origin(resume)
     lines = changes(before.get("config", {}), found["config"]) | changes(before.get("fixed", {}), found["fixed"])
-    refused = not_allowed(lines, config.exp_manager.allow_changes)
+    models = changes(before.get("models", {}), found["models"])
+    refused = not_allowed([key for key in lines if key not in MODELS], config.exp_manager.allow_changes)
+    refused += not_allowed(models, config.exp_manager.allow_changes)
     shown = [f"{key}: {_show(old)} -> {_show(new)}" for key, (old, new) in lines.items()]
+    shown += [f"{key}: the directory holds another model than before" for key in models if key not in lines]
     for name, (old, new) in changes(before.get("data", {}), found["data"]).items():
         shown.append(f"the {name} data is other than before (checksum {old[:12]} -> {new[:12]})")
         if name == "training":
@@ -165,12 +184,12 @@ def check_resumption(config: TrainingConfig, found: Mapping[str, Any], resume: P
 
 
 def _differences(refused: Sequence[str], lines: Mapping[str, Change]) -> str:
-    return ", ".join(
-        f"{key} was {_show(lines[key][0])} and is {_show(lines[key][1])}"
-        if key in lines
-        else "its training data differs"
-        for key in refused
-    )
+    def difference(key: str) -> str:
+        if key in lines:
+            return f"{key} was {_show(lines[key][0])} and is {_show(lines[key][1])}"
+        return "its training data differs" if key == DATA else f"the model in {key} is another one"
+
+    return ", ".join(map(difference, refused))
 
 
 def _code_lines(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -14,10 +14,7 @@ from nemo_rlhf.config.rules import has_key, value_of
 FIXED = (
     "seed",
     "data.shuffle",
-    "model.restore_from",
     "model.init",
-    "model.tokenizer",
-    "model.critic.restore_from",
     "model.global_batch_size",
     "ppo.num_prompts",
     "ppo.samples_per_prompt",
@@ -35,6 +32,8 @@ FIXED = (
     "generation.seed",
 )
 DATA = "data"
+# Directories that are compared by what they hold: a model may be staged at another place by every job.
+MODELS = ("model.restore_from", "model.tokenizer", "model.critic.restore_from")
 _ALLOW = "exp_manager.allow_changes"
 
 Change = tuple[Any, Any]  # what it was, what it is
@@ -64,7 +63,11 @@ def not_allowed(found: Collection[str], allowed: Any) -> list[str]:
     if allowed is True:
         return []
     sections = allowed or []
-    return [key for key in found if key in (*FIXED, DATA) and not any(_is_below(key, section) for section in sections)]
+    return [
+        key
+        for key in found
+        if key in (*FIXED, *MODELS, DATA) and not any(_is_below(key, section) for section in sections)
+    ]
 
 
 def _is_below(key: str, section: str) -> bool:

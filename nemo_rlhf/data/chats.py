@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nemo_rlhf.data.chat_format import response_ends
+from nemo_rlhf.data.messages import ROLES
 from nemo_rlhf.data.records import missing_field
 
 # What models think before they answer; a template reads it under one of these names.
@@ -66,7 +68,29 @@ class Chat:
     def prompt(self) -> str:
         """The chat up to where the assistant goes on: in a turn of its own, or in the one that comes last."""
         is_prefill = self.messages[-1]["role"] == "assistant"
-        return self.render(self.messages, prompts=not is_prefill, continues=is_prefill)
+        return self.check_written(self.render(self.messages, prompts=not is_prefill, continues=is_prefill))
+
+    def whole(self) -> str:
+        """The text of all messages."""
+        return self.check_written(self.render(self.messages))
+
+    def check_written(self, text: str) -> str:
+        """``text``, which the template has made of the messages. Raises ValueError where it has left out what somebody
+        said to the assistant: many know three roles, and pass over others without a word."""
+        place = 0
+        for index, message in enumerate(self.messages):
+            said = (message.get("content") or "").strip()
+            if message["role"] == "assistant" or not said:
+                continue
+            forms = (said, json.dumps(said)[1:-1], json.dumps(said, ensure_ascii=False)[1:-1])
+            found = next((at for one in forms if (at := text.find(one, place)) >= 0), None)
+            if found is None and not any(one in text for one in forms):
+                raise ValueError(
+                    f"{self.where}: the tokenizer's chat template does not write message {index}, of the "
+                    f"{message['role']}: give it a role that the template knows, or leave it out."
+                )
+            place = found or place
+        return text
 
 
 def read_chat(where: str, messages: Any, tokenizer: Any, record: Any = None) -> Chat:
@@ -96,7 +120,8 @@ def read_chat(where: str, messages: Any, tokenizer: Any, record: Any = None) -> 
     if tools is not None and not mentions(template, "tools"):
         raise ValueError(f'{where} has "tools", which the tokenizer\'s chat template does not write: leave them out.')
     variables = {**getattr(tokenizer, "chat_template_kwargs", {}), **_variables(where, fields, template)}
-    clean = tuple(_message(f"{where}: message {index}", one, template) for index, one in enumerate(messages))
+    ends = [tokenizer.decode([end]) for end in response_ends(tokenizer)]
+    clean = tuple(_message(f"{where}: message {index}", one, template, ends) for index, one in enumerate(messages))
     return Chat(where, clean, tokenizer, tools, variables, dated(template, tokenizer))
 
 
@@ -115,6 +140,23 @@ def is_empty(message: Mapping[str, Any]) -> bool:
     says_nothing = all(text is None or (isinstance(text, str) and not text.strip()) for text in texts)
     acts = message.get("tool_calls") or message.get("function_call") or _thoughts(message)
     return says_nothing and not acts and message.get("role") != "system"
+
+
+def check_end(where: str, response: str, ends: Sequence[str]) -> None:
+    """Raises ValueError where a response goes on behind the name of a token that ends it: what stands there would be
+    neither learned nor scored."""
+    for end in ends:
+        if response.partition(end)[2].strip():
+            raise ValueError(
+                f"{where}: the response goes on behind {end}, which ends a response: leave that name out, or what "
+                "stands behind it."
+            )
+
+
+def _reads(template: str, name: str) -> bool:
+    """Whether a template reads a field ``name`` of a message."""
+    quoted = rf"""['"]{name}['"]"""
+    return re.search(rf"\.{name}\b|\[{quoted}\]|\({quoted}|{quoted}\s+(not\s+)?in\b", template) is not None
 
 
 def mentions(template: str, name: str) -> bool:
@@ -158,11 +200,15 @@ def _variables(where: str, record: Mapping[str, Any], template: str) -> Mapping[
     return variables
 
 
-def _message(where: str, message: Mapping[str, Any], template: str) -> dict[str, Any]:
+def _message(where: str, message: Mapping[str, Any], template: str, ends: Sequence[str]) -> dict[str, Any]:
     clean = {name: value for name, value in message.items() if value is not None}
+    if not mentions(template, message["role"]):  # one that writes any role, or that knows it by another name
+        clean["role"] = ROLES.get(message["role"].lower(), message["role"])
+    if clean.get("weight") not in (None, 0, 1):
+        raise ValueError(f"{where} has the weight {clean['weight']!r}: give 1, or 0 where it is not to be learned.")
     calls = clean.get("tool_calls") or clean.get("function_call")
     for name in ("tool_calls", "function_call"):
-        if clean.get(name) and not mentions(template, name):
+        if clean.get(name) and not _reads(template, name):
             raise ValueError(f'{where} has "{name}", which the tokenizer\'s chat template does not write.')
     if calls and "tool_calls" in clean:
         clean["tool_calls"] = [_call(where, call, template) for call in clean["tool_calls"]]
@@ -175,6 +221,8 @@ def _message(where: str, message: Mapping[str, Any], template: str) -> dict[str,
             f"{where}, of the {message['role']}, is empty: give it text, or set data.empty_turns=drop to leave such "
             "turns out."
         )
+    if clean["role"] == "assistant":
+        check_end(where, content, ends)
     if content or "content" in clean or not calls:
         clean["content"] = content
     else:
@@ -223,7 +271,7 @@ def _name_thoughts(where: str, message: dict[str, Any], template: str) -> None:
     found = _thoughts(message)
     if not found:
         return
-    wanted = next((name for name in (*found, *_REASONING) if mentions(template, name)), None)
+    wanted = next((name for name in (*found, *_REASONING) if _reads(template, name)), None)
     if wanted is None:
         raise ValueError(
             f'{where} has "{found[0]}", which the tokenizer\'s chat template does not write: put it into "content" as '

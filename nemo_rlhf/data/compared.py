@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from nemo_rlhf.data.messages import Message, common_start, plain_text, read_messages, reply_to, with_prompt
+from nemo_rlhf.data.messages import Message, common_start, read_messages, reply_to, with_prompt
 from nemo_rlhf.data.records import finite_reward
 
 Record = dict[str, Any]
@@ -13,8 +13,8 @@ Record = dict[str, Any]
 
 def compared(where: str, prompt: Any, chosen: Any, rejected: Any, purpose: str) -> Record:
     """A pair of replies to ``prompt`` (text, messages or None) as a record of the readers: a prompt with two texts
-    where both replies are nothing but text, and otherwise two whole chats, or two whole texts. For prompts only what
-    both have in common.
+    where both replies are text, and otherwise two whole chats, or two whole texts. For prompts only what both have in
+    common, up to where the assistant is to answer.
 
     Raises:
         ValueError: both are the same, or a side is no chat.
@@ -36,13 +36,12 @@ def compared(where: str, prompt: Any, chosen: Any, rejected: Any, purpose: str) 
         raise ValueError(f"{where}: chosen and rejected are the same text, of which neither can be better.")
     shared = common_start(better, worse)
     if purpose == "prompts":
+        while shared and better[shared - 1]["role"] == "assistant":
+            shared -= 1
         if not shared:
             raise ValueError(f"{where}: chosen and rejected do not begin with the same message, so have no prompt.")
         return {"prompt": better[:shared]}
-    texts = plain_text(better[shared:]), plain_text(worse[shared:])
-    if not prompt or not shared or None in texts:
-        return {"chosen": better, "rejected": worse}
-    return {"prompt": better[:shared], "chosen": texts[0], "rejected": texts[1]}
+    return {"chosen": better, "rejected": worse}
 
 
 def _whole(where: str, prompt: Any, side: Any) -> list[Message]:

@@ -138,7 +138,7 @@ def _read_stream(path: Path, file: Any, suffix: str) -> Located:
         return _read_parquet(path)
     if suffix.lower() in TABLES and not head.lstrip().startswith((b"{", b"[")):
         return _read_csv(path, file, TABLES[suffix.lower()])
-    return read_jsons(path, file)
+    return read_jsons(path, file, suffix.lower())
 
 
 def _read_parquet(path: Path) -> Located:

@@ -90,7 +90,7 @@ def purpose_of(record: Any) -> Purpose:
 def _named_prompt(where: str, record: Record, name: str) -> tuple[str, list[Placed]]:
     if isinstance(record[name], (list, tuple)) and record[name]:
         others = {other: value for other, value in record.items() if other != name}
-        record = _read_chat(where, {**others, "prompt": record[name]})
+        record = _with_switch(_read_chat(where, {**others, "prompt": record[name]}))
     return name, [(where, record)]
 
 
@@ -98,11 +98,16 @@ def _beside(form: Form, record: Record, one: Record, purpose: str) -> Record:
     """``one`` with what stands beside it: the rest of the record, which is the metadata of a prompt."""
     if purpose == "prompts":
         became = [name for name in form.fields if record[name] == one["prompt"]]
-        return {**{name: value for name, value in record.items() if name not in became}, **one}
+        return _with_switch({**{name: value for name, value in record.items() if name not in became}, **one})
     kept = {name: value for name, value in record.items() if name not in TEXTS and value is not None}
-    if isinstance(kept.get("enable_thinking"), bool) and "chat_template_kwargs" not in kept:  # as verl has it
-        kept["chat_template_kwargs"] = {"enable_thinking": record["enable_thinking"]}
-    return {**kept, **one}
+    return {**_with_switch(kept), **one}
+
+
+def _with_switch(record: Record) -> Record:
+    """A record with verl's ``enable_thinking`` where the chat template reads it."""
+    if not isinstance(record.get("enable_thinking"), bool) or record.get("chat_template_kwargs") is not None:
+        return record
+    return {**record, "chat_template_kwargs": {"enable_thinking": record["enable_thinking"]}}
 
 
 def _read_chat(where: str, one: Record) -> Record:
@@ -166,6 +171,8 @@ def _unpaired(where: str, record: Record, purpose: str) -> list[tuple[str, Recor
 def _chat(where: str, record: Record, purpose: str) -> list[tuple[str, Record]]:
     name = next(name for name in ("messages", "conversations", "conversation") if record.get(name) is not None)
     messages = read_messages(f"{where}: {name}", record[name])
+    if record.get("system") and messages[0]["role"] == "system" and messages[0].get("content") != record["system"]:
+        raise ValueError(f'{where} has "system", and {name} that begin with another system message: keep one of them.')
     if record.get("system") and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": record["system"]}, *messages]
     mask = record.get("mask")  # NeMo-Aligner's: who is not learned
@@ -259,7 +266,7 @@ def _ultrafeedback(where: str, record: Record, purpose: str) -> list[tuple[str, 
 
 def _nemo_rl(where: str, record: Record, purpose: str) -> list[tuple[str, Record]]:
     def score(rank: Any) -> Any:
-        return -rank if isinstance(rank, int) else rank
+        return -rank if isinstance(rank, (int, float)) and not isinstance(rank, bool) else rank
 
     scored = [(score(one["rank"]), one.get("completion")) for one in record["completions"]]
     return ranked(where, record["context"], scored, purpose, "rank")
@@ -279,7 +286,8 @@ def _is_hh(record: Record) -> bool:
 
 
 def _has_label(record: Record) -> bool:
-    return isinstance(record["label"], bool) and any(record.get(n) is not None for n in ("completion", "response"))
+    has_reply = any(record.get(name) is not None for name in ("completion", "response"))
+    return has_reply and isinstance(record["label"], (bool, int, float)) and record["label"] in (0, 1)
 
 
 def _has_attributes(record: Record) -> bool:

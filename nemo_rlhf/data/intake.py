@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,7 +13,8 @@ from nemo_rlhf.data.chats import is_empty
 from nemo_rlhf.data.files import ArrowRecord, CsvRecord, Source, locate_records
 from nemo_rlhf.data.forms import Purpose, as_known
 from nemo_rlhf.data.jsons import LISTS_OF_ONE_RECORD
-from nemo_rlhf.data.messages import without_nulls
+from nemo_rlhf.data.messages import ROLES, without_nulls
+from nemo_rlhf.untrusted import parse_json
 
 OnError = Literal["stop", "skip", "note"]
 MAX_NAMED = 20
@@ -67,9 +68,9 @@ class Intake:
                     raise given
                 num_read += 1
                 record = self.renamed(given, missing)
-                form, known = as_known(where, record, purpose)
                 if self.drops_empty_turns:
-                    known = [(place, self._without_empty_turns(one)) for place, one in known]
+                    record = self._without_empty_turns(record)
+                form, known = as_known(where, record, purpose)
                 self.forms[form] += 1
             num_lost += not known
             for place, one in known:
@@ -125,10 +126,10 @@ class Intake:
         if not isinstance(record, dict):
             return record
         record = dict(record)
-        for name in ("prompt", "messages", "chosen", "rejected"):
-            if isinstance(record.get(name), (list, tuple)):
-                kept = [one for one in record[name] if not (isinstance(one, Mapping) and is_empty(one))]
-                self.num_empty_turns += len(record[name]) - len(kept)
+        for name, value in record.items():
+            if name in LISTS_OF_ONE_RECORD and isinstance(value, (list, tuple)):
+                kept = [one for one in value if not _says_nothing(one)]
+                self.num_empty_turns += len(value) - len(kept)
                 record[name] = kept
         return record
 
@@ -146,6 +147,15 @@ class Intake:
         if len(refused) >= count:
             raise ValueError(f"{bad} cannot be used, so that none is left:{named}")
         warnings.warn(f"{bad} are left out (data.on_error=skip):{named}", stacklevel=3)
+
+
+def _says_nothing(message: Any) -> bool:
+    """Whether it is a message, of OpenAI's form or of ShareGPT's, and empty."""
+    if not isinstance(message, Mapping) or not ("role" in message or "from" in message):
+        return False
+    if "role" in message:
+        return is_empty(message)
+    return is_empty({"role": ROLES.get(str(message["from"]).lower()), "content": message.get("value")})
 
 
 def _name(source: Source) -> str:
@@ -168,13 +178,17 @@ def _look_up(record: Mapping[str, Any], path: str) -> tuple[bool, Any]:
 
 
 def _typed(record: dict[str, Any]) -> dict[str, Any]:
-    """A record of texts with numbers where there can be nothing else."""
+    """A record of texts with numbers, truths and messages where there can be nothing else."""
     for name in _NUMBERS:
         if name in record:
             try:
                 record[name] = float(record[name])
             except ValueError:
                 continue  # the reader says what it must be
+    for name, value in record.items():
+        if name in LISTS_OF_ONE_RECORD and value.lstrip().startswith("[{"):
+            with suppress(ValueError):  # a text that looks like messages is one
+                record[name] = parse_json(value, name)
     for name in ("label", "done"):
         if name in record:
             record[name] = _TRUTHS.get(record[name].strip().lower(), record[name])

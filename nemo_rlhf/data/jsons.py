@@ -19,14 +19,14 @@ LISTS_OF_ONE_RECORD = (
 )
 
 
-def read_jsons(path: Path, file: Any) -> Iterator[tuple[str, Any]]:
+def read_jsons(path: Path, file: Any, suffix: str) -> Iterator[tuple[str, Any]]:
     """Yields (place, record) of a file of JSON in bytes: a value on each line; or a list of them over as many lines as
     it likes, by itself or as the only list of objects in an object. In the place of a line that is not JSON stands the
-    ValueError that says so. Blank lines are no records."""
+    ValueError that says so. Blank lines are no records. ``suffix``: that of its name, unpacked."""
     # Bytes, so that only a line feed ends a line: a text file would also break at other characters within a string.
     lines: Lines = ((number, line) for number, line in enumerate(file, start=1) if line.strip())
     first = list(_take(lines, 2))
-    if first and _is_document(path, first):
+    if first and _is_document(first, suffix == ".json"):
         yield from _document(path, first[0][0], _joined(chain(first, lines)))
         return
     for number, line in chain(first, lines):
@@ -47,8 +47,9 @@ def _joined(lines: Lines) -> bytes:
     return b"".join(parts)
 
 
-def _is_document(path: Path, first: list[tuple[int, bytes]]) -> bool:
-    """Whether the first lines with something on them begin a value that goes on, or are all of a list of records."""
+def _is_document(first: list[tuple[int, bytes]], is_json: bool) -> bool:
+    """Whether the first lines with something on them begin a value that goes on, or are all of a list of records. One
+    object on one line is a record, unless the file is called json."""
     start, *others = (line.strip().removeprefix(b"\xef\xbb\xbf") for _, line in first)
     if start in (b"[", b"{") or (start[:1] == b"[" and start[-1:] == b","):
         return True
@@ -58,9 +59,9 @@ def _is_document(path: Path, first: list[tuple[int, bytes]]) -> bool:
         return is_cut and all(isinstance(_parsed("", line)[1], ValueError) for line in others)
     if others:
         return False
-    return _records_within(value) is not None or (
-        isinstance(value, list) and (path.name.removesuffix(".gz").endswith(".json") or _are_objects(value))
-    )
+    if isinstance(value, list):
+        return is_json or _are_objects(value)
+    return is_json and _records_within(value) is not None
 
 
 def _are_objects(value: Any) -> bool:

@@ -9,7 +9,7 @@ from nemo_rlhf.untrusted import parse_json
 
 Message = dict[str, Any]
 
-# What ShareGPT's "from" and its kin call those who speak.
+# What ShareGPT's "from" and others call those who speak.
 ROLES = {
     **dict.fromkeys(("human", "user", "prompter", "customer"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bard", "bing", "claude", "model", "chatbot", "bot"), "assistant"),
@@ -17,7 +17,6 @@ ROLES = {
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
     "function_call": "assistant",
 }
-_PLAIN = {"role", "content", "weight", "name"}
 
 
 def read_messages(where: str, value: Any) -> list[Message]:
@@ -54,26 +53,13 @@ def _shared(where: str, given: Mapping[str, Any]) -> Message:
     return {"role": role, "content": value}
 
 
-def plain_text(messages: Sequence[Message]) -> str | None:
-    """The text of a reply that is one message of the assistant and nothing but text; otherwise None."""
-    if len(messages) != 1:
-        return None
-    (message,) = messages
-    extra = [name for name, value in message.items() if name not in _PLAIN and value not in (None, [], "")]
-    content = message.get("content")
-    if isinstance(content, (list, tuple)) and all(
-        isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
-        for part in content
-    ):
-        content = "".join(part["text"] for part in content)
-    return content if message["role"] == "assistant" and not extra and isinstance(content, str) else None
-
-
 def with_prompt(where: str, prompt: Any, reply: Sequence[Message]) -> tuple[list[Message], list[Message]]:
     """The messages before a reply, and those of the reply. A prompt that is text is the user's message; a reply may
     repeat its prompt (as UltraFeedback's do)."""
-    if prompt in (None, "") or len(prompt) == 0:
+    if prompt in (None, "", [], ()):
         return [], list(reply)
+    if not isinstance(prompt, (str, list, tuple)):
+        raise ValueError(f"{where}: the prompt is a {type(prompt).__name__}, and must be text or chat messages.")
     if isinstance(prompt, str):
         asked = [index for index, message in enumerate(reply[:2]) if _says(message, "user", prompt)]
         if asked and all(message["role"] == "system" for message in reply[: asked[0]]):
@@ -86,18 +72,18 @@ def with_prompt(where: str, prompt: Any, reply: Sequence[Message]) -> tuple[list
 
 
 def _says(message: Message, role: str, content: str) -> bool:
-    return message["role"] == role and message.get("content") == content
+    said = message.get("content")
+    if isinstance(said, (list, tuple)) and all(isinstance(part, Mapping) for part in said):
+        said = "".join(str(part.get("text")) for part in said)
+    return message["role"] == role and said == content
 
 
 def reply_to(where: str, prompt: Any, reply: Any) -> dict[str, Any]:
-    """``{"prompt", "response"}`` of a reply in text or in messages; or ``{"messages"}`` of one that is more than a
-    text, where what the assistant said before has the weight 0: it is not learned."""
+    """``{"prompt", "response"}`` of a reply in text, and ``{"messages"}`` of one in messages, which the chat template
+    writes as it writes any chat; what the assistant said before has the weight 0: it is not learned."""
     if not isinstance(reply, (list, tuple)):
         return {"prompt": prompt, "response": reply}
     start, turns = with_prompt(where, prompt, read_messages(f"{where}: the response", reply))
-    text = plain_text(turns)
-    if text is not None and start:
-        return {"prompt": start, "response": text}
     before = [{**message, "weight": 0} if message["role"] == "assistant" else message for message in start]
     return {"messages": [*before, *turns]}
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from nemo_rlhf.data.chat_format import reply_end, response_ends, up_to_end
-from nemo_rlhf.data.chats import read_chat
+from nemo_rlhf.data.chats import check_end, read_chat
 from nemo_rlhf.data.files import Source
 from nemo_rlhf.data.intake import Intake
 from nemo_rlhf.data.prompts import encode_prompt
@@ -81,7 +81,7 @@ def pieces_of(where: str, record: Any, tokenizer: Any) -> list[Piece]:
     """
     if isinstance(record, dict) and record.get("prompt") is None and record.get("messages") is not None:
         chat = read_chat(f"{where}: messages", record["messages"], tokenizer, record)
-        pieces, prompt = chat_pieces(chat), chat.render(chat.messages)
+        pieces, prompt = chat_pieces(chat), chat.whole()
         if chat.messages[-1]["role"] != "assistant":
             return pieces
     else:
@@ -108,7 +108,7 @@ def scored_tokens(where: str, record: Any, tokenizer: Any) -> tuple[int, ...]:
         chat = read_chat(f"{where}: messages", record["messages"], tokenizer, record)
         (before, _), (response, _) = last_turn(chat)
         if not response or response[-1] not in response_ends(tokenizer):
-            response.append(reply_end(tokenizer, chat.render(chat.messages)))
+            response.append(reply_end(tokenizer, chat.whole()))
         return (*before, *response)
     pieces = pieces_of(where, {**record, "done": True}, tokenizer)  # it gets its end where it is scored, too
     return tuple(token for ids, _ in pieces for token in ids)
@@ -135,6 +135,7 @@ def _plain_pieces(where: str, record: Any, tokenizer: Any) -> tuple[list[Piece],
             raise missing_field(where, record, ("response",))
         ids, text = encode_prompt(record["prompt"], tokenizer, where, record)
         response, _ = _learned(where, "response", record["response"], tokenizer)
+        check_end(where, record["response"], [tokenizer.decode([end]) for end in response_ends(tokenizer)])
         return [(ids, False), (up_to_end(response, response_ends(tokenizer)), True)], text
     if record.get("turns") is not None:
         if not isinstance(record["turns"], (list, tuple)):
@@ -155,7 +156,11 @@ def is_done(where: str, record: Any) -> bool:
 
 def _whole_text(where: str, text: Any, tokenizer: Any) -> list[Piece]:
     _check_text(where, "text", text)
-    return [(encode(tokenizer, text, start=True), True)]
+    token_ids, ends = encode(tokenizer, text, start=True), response_ends(tokenizer)
+    last = next((index for index in reversed(range(len(token_ids))) if token_ids[index] in ends), None)
+    if last is not None and not tokenizer.decode(token_ids[last + 1 :]).strip():  # what a template writes behind it
+        token_ids = token_ids[: last + 1]
+    return [(token_ids, True)]
 
 
 def _dialogue(where: str, turns: Sequence[Any], tokenizer: Any) -> list[Piece]:

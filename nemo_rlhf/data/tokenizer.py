@@ -136,7 +136,9 @@ def encode(tokenizer: Any, text: str, *, start: bool, split_special: bool = Fals
     if not start or not takes_bos(tokenizer, text):
         return own
     prefix = _added_in_front(tokenizer)
-    return own if own[: len(prefix)] == prefix else [*prefix, *own]
+    while prefix and own[: len(prefix)] == prefix:
+        own = own[len(prefix) :]
+    return [*prefix, *own]
 
 
 def _added_in_front(tokenizer: Any) -> list[int]:

@@ -33,7 +33,10 @@ def chat_pieces(chat: Chat) -> list[Piece]:
     weights = [message.get("weight") for message in chat.messages if message["role"] == "assistant"]
     if all(weight == 0 for weight in weights):
         raise ValueError(f"{chat.where} have no turn of the assistant to learn.")
-    whole = chat.render(chat.messages)
+    is_last_alone = len(weights) > 1 and all(weight == 0 for weight in weights[:-1])
+    if is_last_alone and chat.messages[-1]["role"] == "assistant":
+        return last_turn(chat)  # which any template shows
+    whole = chat.whole()
     is_marked = GENERATION_MARK.search(chat.template) is not None
     spans = _marked_spans(chat) if is_marked else find_spans(chat, whole)
     if spans is None:
@@ -41,6 +44,11 @@ def chat_pieces(chat: Chat) -> list[Piece]:
             f"{chat.where}: the chat template writes messages differently when more follow, so the assistant's tokens "
             "cannot be told apart: mark them with {% generation %} in a template of your own (data.chat_template), or "
             "give prompt and response."
+        )
+    if len(spans) < len(weights):
+        raise ValueError(
+            f"{chat.where}: the chat template marks {len(spans)} of the assistant's {len(weights)} turns with "
+            "{% generation %}: mark all that it writes of them."
         )
     pieces = _encode_spans(chat, whole, spans)
     if chat.messages[-1]["role"] == "assistant":
@@ -61,11 +69,17 @@ def last_turn(chat: Chat) -> list[Piece]:
     """
     if chat.messages[-1]["role"] != "assistant" or len(chat.messages) < 2:
         raise ValueError(f"{chat.where} must end in a turn of the assistant, behind what it answers.")
-    whole = chat.render(chat.messages)
+    whole = chat.whole()
     start = _start(chat, chat.messages[:-1], whole)
     if start is None:  # the template writes earlier messages differently when more follow
-        headers = chat_format(chat.tokenizer).headers
-        start = next((whole.rfind(header) + len(header) for header in headers if header and header in whole), 0)
+        said = (chat.messages[-1].get("content") or "").strip()
+        marks = [header for header in chat_format(chat.tokenizer).headers if header and header in whole]
+        if marks:
+            start = whole.rfind(marks[0]) + len(marks[0])
+        elif said and said in whole:
+            start = whole.rfind(said)
+        else:
+            raise ValueError(f"{chat.where}: the chat template does not show where the last turn begins.")
     return _encode_spans(chat, whole, [(start, len(whole))])[:2]
 
 
