@@ -19,6 +19,7 @@ from nemo_rlhf.config.schema import ModelConfig
 from nemo_rlhf.convert import export_hf, import_hf, inspect, verify
 from nemo_rlhf.convert.families import architecture_of
 from nemo_rlhf.convert.locate import read_architecture
+from nemo_rlhf.convert.source import open_hf
 from nemo_rlhf.convert.token_ids import check_ids, open_tokenizer
 from tests.conftest import LETTERS, write_model_config, write_tokenizer
 
@@ -106,6 +107,20 @@ def test_a_head_is_tied_where_it_is_the_embedding(difference: float, binary: boo
     assert torch.equal(logits(copy), logits(tmp_path / "back"))
     (found,) = verify(copy, tmp_path / "ckpt")
     assert found.first_diverging is None and found.top1 == 1.0
+
+
+@pytest.mark.parametrize("is_pointer", [False, True])
+def test_an_architecture_needs_no_weights(is_pointer: bool, copy: Path) -> None:
+    """Not of one that is tied, either: whoever loads them says what is missing."""
+    edit(copy / "config.json", tie_word_embeddings=True)
+    (copy / "model.safetensors").unlink()
+    names = {"model.embed_tokens.weight": "model-1.safetensors", "lm_head.weight": "model-2.safetensors"}
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    for file in names.values() if is_pointer else ():
+        (copy / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert read_architecture(copy).tie_embeddings
+    with pytest.raises(ValueError, match="LFS" if is_pointer else r"model-1\.safetensors is missing, although"):
+        open_hf(copy)
 
 
 # Facts told twice

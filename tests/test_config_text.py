@@ -62,9 +62,26 @@ def test_text_of_a_file_arrives_as_it_was_written(tmp_path: Path) -> None:
     assert (cfg.data.prompts, cfg.data.validation_prompts) == ("12:00:00", "1e3")
     names = cfg.exp_manager.wandb_logger_kwargs
     assert (names["name"], names["project"]) == ("0123", "1e3")
-    assert list(names["config"]) == NAMES
+    assert list(names["config"]) == [int(name) if name == "12345678901234567890" else name for name in NAMES]
     assert [source["name"] for source in cfg.reward.sources] == ["007", "no"]
     assert cfg.reward.sources[0]["url_file"] == str(Path.cwd() / "1_000")
+
+
+def test_whole_numbers_stay_names_where_anything_goes(tmp_path: Path) -> None:
+    weights = {"w": {1: 0.5, -2: {0: "x"}, "3": 1, "04": 2, "1_0": 3, "n": 4}}
+    entry = (
+        "{kind: function, name: b, function: a.b:c, arguments: {w: {1: 0.5, -2: {0: x}, '3': 1, 04: 2, 1_0: 3, n: 4}}}"
+    )
+    fields = "data: {fields: {prompt: question}, chat_template_kwargs: {5: {6: a}}}\n"
+    cfg = ppo_file(tmp_path / "mine.yaml", f"{fields}reward: {{sources: [{entry}]}}\n", "reward.function=null")
+    assert cfg.reward.sources[0]["arguments"] == weights
+    assert cfg.data.chat_template_kwargs == {"5": {6: "a"}}  # variables of a template have names
+    path = tmp_path / "config.yaml"
+    path.write_text(dump(cfg))
+    assert load("ppo", config_file=path) == cfg
+    given = "reward.sources=[{kind: function, name: b, function: a.b:c, arguments: {w: {1: 0.5, 1_0: 3}}}]"
+    cfg = ppo_file(path, "", "reward.function=null", given)
+    assert cfg.reward.sources[0]["arguments"] == {"w": {1: 0.5, "1_0": 3}}
 
 
 def test_text_of_a_file_below_others(tmp_path: Path) -> None:
@@ -301,6 +318,38 @@ def test_no_secret_is_dumped_and_what_is_missing_is_told(tmp_path: Path, monkeyp
     assert "max_steps: 9" in dump(cfg)
 
 
+@pytest.mark.parametrize(
+    "secret",
+    ["openai_key: X", "secret_key: X", "key: X", "api_keys: [X, [X]]", "Passphrase: X", "api_key: [X]",
+     "headers: {Authorization: 'B X'}", "db_password2: X",
+     "credential: {user: X, more: [{a: X}]}", "x-api-Key: X", "tokens: {1: X}"],
+)  # fmt: skip
+def test_whatever_is_named_as_a_secret_is_masked(secret: str, tmp_path: Path) -> None:
+    entry = f"{{kind: function, name: b, function: a.b:c, arguments: {{{secret.replace('X', SECRET)}, n: 1}}}}"
+    cfg = ppo_file(tmp_path / "mine.yaml", f"reward: {{sources: [{entry}]}}\n", "reward.function=null")
+    text = dump(cfg)
+    assert SECRET not in text and "***" in text and "n: 1" in text
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"reward\.sources\.0\.arguments\..* has \*\*\* in the place of a secret"):
+        load("ppo", config_file=tmp_path / "config.yaml")
+    word = f"reward.sources=[{entry}]".replace("{1: ", "{a: ")
+    assert SECRET not in masked_word(word) and masked_word(word).endswith(", n: 1}}]")
+
+
+def test_texts_that_only_look_like_secrets_are_kept(tmp_path: Path) -> None:
+    arguments = (
+        "{sep: '***', eos_token: a, pad_tokens: [b], free_tokens: 5, key: null, tokens: [1, 2.5, true], end: '=***'}"
+    )
+    entry = f"{{kind: function, name: b, function: a.b:c, arguments: {arguments}}}"
+    stop = "generation: {stop: ['***', 'https://a@b.c/x', 'https://***@b.c', '?key=***']}\n"
+    cfg = ppo_file(tmp_path / "mine.yaml", f"{stop}reward: {{sources: [{entry}]}}\n", "reward.function=null")
+    (tmp_path / "config.yaml").write_text(dump(cfg))
+    again = load("ppo", config_file=tmp_path / "config.yaml")
+    assert again == cfg and again.generation.stop[1] == "https://a@b.c/x"
+    for word in (f"reward.sources=[{entry}]", "generation.stop=['https://a@b.c/x', '{key: a}']"):
+        assert masked_word(word) == word
+
+
 def test_a_configuration_without_secrets_is_dumped_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WHERE", "/data")
     cfg = ppo_file(tmp_path / "mine.yaml", "data: {prompts: '${oc.env:WHERE}/p.jsonl'}\n", "ppo.kl.target=6", "seed=5")
@@ -336,6 +385,13 @@ def test_words_of_a_command_line_are_masked() -> None:
         "reward.sources=[{kind: function, arguments: {api_key: abc, n: 1}}]": (
             "reward.sources=[{kind: function, arguments: {api_key: ***, n: 1}}]"
         ),
+        "a=[{arguments: {api_key: [sk-4, sk-5], n: [1]}}]": "a=[{arguments: {api_key: ***, n: [1]}}]",
+        "a=[{arguments: {token: 'a,b', n: 1}}]": "a=[{arguments: {token: ***, n: 1}}]",
+        "a=[{arguments: {key: {a: [b}, n: 1}}]": "a=[{arguments: {key: ***}]",
+        'a=[{arguments: {key: "a\\"b,\'}", pass: ${x:a,b}, n: x}}]': "a=[{arguments: {key: ***, pass: ***, n: x}}]",
+        "exp_manager.wandb_logger_kwargs.headers.a={b: c}": "exp_manager.wandb_logger_kwargs.headers.a={b: c}",
+        "+exp_manager.wandb_logger_kwargs.api_keys.a=[b,c]": "+exp_manager.wandb_logger_kwargs.api_keys.a=***",
+        "slurm.environment.MAX_TOKENS=5": "slurm.environment.MAX_TOKENS=5",
         "generation.max_new_tokens=5": "generation.max_new_tokens=5",
         "reward.sources=[{arguments: {eos_token: abc}}]": "reward.sources=[{arguments: {eos_token: abc}}]",
         "server.token_env=NAME": "server.token_env=NAME",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import re
@@ -14,7 +15,7 @@ import torch
 
 from nemo_rlhf.convert import export_hf, import_hf
 from nemo_rlhf.parallel import manifest
-from nemo_rlhf.parallel.metadata import read_metadata
+from nemo_rlhf.parallel.metadata import _Record, _Unpickler, read_metadata
 from tests import bombs
 from tests.conftest import Tiny, write_tokenizer
 from tests.spawn import run_distributed
@@ -186,6 +187,14 @@ def test_names_beyond_torch_s_metadata_are_refused(name: str, protocol: int, tmp
     with pytest.raises(ValueError, match="which is no part of torch's metadata") as caught:
         read_metadata(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])  # before and since Python 3.13
+@pytest.mark.parametrize("name", ["PosixPath", "PurePosixPath"])
+def test_paths_of_every_python_are_records(module: str, name: str, protocol: int) -> None:
+    record = _Unpickler(io.BytesIO(_Names(f"{module}:{name}").pickle(protocol))).load()
+    assert type(record).__mro__[1] is _Record
 
 
 def changed(place: Path, tmp_path: Path, change: Any) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import builtins
 import faulthandler
 import gc
@@ -19,6 +20,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from nemo_rlhf.algorithms.play import _call
 from nemo_rlhf.rollout import isolation
 from nemo_rlhf.rollout.isolation import copy_of, foreign, random_states, set_random_states
 from nemo_rlhf.rollout.named import load_function
+from nemo_rlhf.rollout.rules import exact_answer
 from nemo_rlhf.rollout.score import call_metric, score
 from nemo_rlhf.types import Prompt, Rollout, Sample
 
@@ -305,6 +308,24 @@ def test_what_would_end_the_run_is_a_sentence(end: Callable[[], Any], words: str
     assert os._exit is exit_before
 
 
+@pytest.mark.parametrize("way", ["_exit", "abort", "execv"])
+def test_a_coroutine_cannot_end_the_run_either(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ended(*_: Any) -> None:
+        raise Quits("this process would have ended")
+
+    monkeypatch.setattr(os, way, ended)
+    monkeypatch.setitem(isolation._WAYS_OUT, way, ended)
+
+    async def reward(**_: Any) -> list[float]:
+        await asyncio.sleep(0)
+        getattr(os, way)("x")
+        return [1.0]
+
+    with pytest.raises(ValueError, match=rf"\.reward called os\.{way}\('x'\), which may not end a run"):
+        score(reward, rollout(), None)
+    assert not isolation._threads
+
+
 def test_an_error_that_cannot_say_what_it_is() -> None:
     class Mute(Exception):
         def __str__(self) -> str:
@@ -375,6 +396,25 @@ def test_objects_that_it_is_handed_are_copies() -> None:
     assert copy_of(tokenizer) is copy_of(tokenizer)
     lock = threading.Lock()
     assert copy_of(lock) is lock
+
+
+def test_only_people_s_code_in_this_process_is_handed_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    handed: list[Any] = []
+    monkeypatch.setattr("nemo_rlhf.rollout.score.copied", lambda thing: handed.append(thing) or thing)
+    given = rollout({"answer": "one"})
+
+    class Service:
+        reward_title = "reward service"
+
+        def __call__(self, samples: list[str], **_: Any) -> list[float]:
+            return [1.0]
+
+    score(Service(), given, None)
+    score(exact_answer, given, None)
+    score(partial(exact_answer, field="answer"), given, None)
+    assert handed == []
+    score(lambda samples, **_: [1.0], given, None)
+    assert handed == ["one"]
 
 
 MODULE = """

@@ -89,6 +89,18 @@ def test_a_second_run_is_refused_until_the_first_has_ended(tmp_path: Path, first
     assert not (tmp_path / LOCK).exists()
 
 
+def test_a_lock_that_its_process_has_lost_by_a_closed_file(
+    tmp_path: Path, first: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As any reading of the file in that process does."""
+    monkeypatch.setattr(run_lock, "_lock", lambda file: True)
+    assert f"process {first.pid} on " in refusal(tmp_path)
+    first.send_signal(signal.SIGKILL)
+    os.waitid(os.P_PID, first.pid, os.WEXITED | os.WNOWAIT)  # dead, and nobody has asked for it
+    with locked(tmp_path):
+        pass
+
+
 def test_a_requeued_job_waits_for_its_own_last_process(
     tmp_path: Path, first: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,7 +206,7 @@ def test_tasks_of_an_array_job_have_directories_of_their_own(no_job: None, monke
     _check_array_job(Path("runs/ppo"))
 
 
-def test_a_directory_that_cannot_be_used(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"file/run cannot be made \(Not a directory\): choose another") as caught:
         _make(tmp_path / "file" / "run")
@@ -215,6 +227,15 @@ def test_a_directory_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "dangling" / "checkpoints").symlink_to("nowhere")
     with pytest.raises(OSError, match="checkpoints is in the way"):
         _make(tmp_path / "dangling")
+    (tmp_path / "kept").mkdir()
+    for name in ("config.yaml", "report.html", "metrics.jsonl"):
+        (tmp_path / "kept" / name).touch()
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path).suffix not in (".yaml", ".html"))
+    _make(tmp_path / "kept")  # new files take their places
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path).suffix != ".jsonl")
+    with pytest.raises(OSError, match=r"metrics\.jsonl cannot be written"):
+        _make(tmp_path / "kept")
+    monkeypatch.undo()
     _make(tmp_path / "new" / "run")
     assert list((tmp_path / "new" / "run").iterdir()) == []
 

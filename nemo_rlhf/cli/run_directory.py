@@ -34,6 +34,7 @@ CONFIG = "config.yaml"
 _DESCRIBES = 1 << 20  # bytes; larger files hold vocabularies and indexes
 _DIRECTORIES = ("checkpoints", "rollouts", "validation", "values", "logs", "tensorboard")
 _FILES = ("metrics.jsonl", CONFIG, "report.html")
+_REPLACED = (CONFIG, "report.html")  # by new files, so that their own permissions do not matter
 
 Data = Mapping[str, Sequence[Any]]
 Code = Mapping[str, Callable[..., Any] | None]
@@ -82,7 +83,7 @@ def _make(run_dir: Path) -> None:
         if path.is_dir() != is_directory:
             kind = "a directory" if is_directory else "a file"
             raise OSError(f"{path} is in the way: the run needs {kind} of that name; move it away.")
-        if not os.access(path, os.W_OK | (os.X_OK if is_directory else 0)):
+        if name not in _REPLACED and not os.access(path, os.W_OK | (os.X_OK if is_directory else 0)):
             raise OSError(f"{path} cannot be written: change its permissions, or choose another run directory.")
     if not os.access(run_dir, os.W_OK | os.X_OK):
         raise OSError(f"The run directory {run_dir} cannot be written: change its permissions, or choose another.")

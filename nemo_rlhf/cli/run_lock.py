@@ -150,7 +150,10 @@ def _is_gone(holder: Holder, me: Holder, file: int, is_locked: bool) -> bool:
     """Whether whoever the file names is no longer there. ``is_locked``: this process has a lock, which at least no
     other process of this machine had."""
     if holder.host == me.host or (holder.boot and holder.boot == me.boot):
-        return is_locked or _started(holder.pid) != holder.started
+        is_there = bool(holder.started) and _started(holder.pid) == holder.started
+        if is_there and holder.boot == me.boot and holder.pid != me.pid:
+            return False  # its lock is gone once anything in it has opened and closed the file
+        return is_locked or not is_there
     if holder.job is not None:
         if holder.job == me.job and (is_locked or holder.restarts < me.restarts):
             return True
@@ -189,9 +192,9 @@ def _holder(file: int) -> Holder | None:
 
 
 def _started(pid: int) -> str:
-    """When a process began, in ticks since the machine did; empty where there is no such process."""
+    """When a process began, in ticks since the machine did; empty where there is none, or one that has ended."""
     fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()  # what stands before may hold spaces
-    return fields[19] if len(fields) > 19 else ""
+    return fields[19] if len(fields) > 19 and fields[0] not in ("Z", "X") else ""
 
 
 def _read(path: str) -> str:

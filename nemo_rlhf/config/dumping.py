@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,19 @@ MASK = "***"
 _SERVICE = re.compile(r"(?P<scheme>\bhttps?)://[^\s/?#]*@", re.IGNORECASE)
 _DATABASE = re.compile(r"(?P<start>\b(?!https?:)[A-Za-z][\w+.-]*://[^\s/:@]*):[^\s@]*@", re.IGNORECASE)
 _SECRET = (
-    r"(?!\w*(?:bos|eos|end|pad|unk|sep|cls|mask|stop)_token\b)"
-    r"[\w.-]*(?:password|passwd|secret|token|api_?key|access_?key|private_?key|credentials?)"
+    r"(?!\w*(?:bos|eos|end|pad|unk|sep|cls|mask|stop)_tokens?\b)"
+    r"[\w.-]*(?:keys?|tokens?|secrets?|pass[\w-]*|authorization|credentials?)"
 )
 _QUERY = re.compile(rf"(?P<name>[?&]{_SECRET})=[^&\s'\"]+", re.IGNORECASE)
+_MASKED_URL = re.compile(rf"://(?:[^\s/:@]*:)?\*\*\*@|[?&]{_SECRET}=\*\*\*(?![^&\s'\"])", re.IGNORECASE)
 _NAME = re.compile(rf"{_SECRET}", re.IGNORECASE)
-_WORD = re.compile(
-    rf"(?P<name>[^=]*\b(?:arguments|wandb_logger_kwargs|environment)\.{_SECRET})=.+", re.IGNORECASE | re.DOTALL
-)
-_ENTRY = re.compile(rf"(?P<name>[{{,]\s*['\"]?{_SECRET}['\"]?\s*:\s*)[^,}}\]]+", re.IGNORECASE)
-_OPEN = ("arguments", "wandb_logger_kwargs", "environment")  # mappings whose names are not ours
+_ENTRY = re.compile(rf"[{{,]\s*['\"]?{_SECRET}['\"]?\s*:\s*", re.IGNORECASE)
+_QUOTED = re.compile(r"""'(?:\\.|[^'\\])*(?:'|$)|"(?:\\.|[^"\\])*(?:"|$)""", re.DOTALL)
+_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?"
+_NO_TEXT = re.compile(rf"(?:[\s,\[\]]+|\b(?:true|false|null)\b|~|{_NUMBER}(?![^\s,\]]))*", re.IGNORECASE)
+_OPEN = ("arguments", "headers", "wandb_logger_kwargs", "environment")  # mappings whose names are not ours
+_URLS = ("store", "url")  # keys of ours that hold one
+_TEXTS = ("data", "generation")  # sections whose texts are nobody's secrets
 _AS_WRITTEN = "_as_written"
 
 Place = tuple[str | int, ...]
@@ -46,8 +49,9 @@ def dump(cfg: Any) -> str:
             return written[place][0]
         if not isinstance(value, str):
             return value
-        is_secret = set(place[:-1]) & set(_OPEN) and _NAME.fullmatch(str(place[-1]))
-        return MASK if is_secret and value else literal(masked(value))
+        if _is_secret(place):
+            return MASK if value else value
+        return literal(masked(value) if _may_be_url(place) else value)
 
     return to_yaml(_mapped(asdict(cfg), show))
 
@@ -62,7 +66,49 @@ def masked(text: str) -> str:
 
 def masked_word(word: str) -> str:
     """A word of a command line, masked as the configuration that it sets is in ``dump``."""
-    return masked(_ENTRY.sub(rf"\g<name>{MASK}", _WORD.sub(rf"\g<name>={MASK}", word)))
+    key, equals, value = word.partition("=")
+    place = tuple(key.lstrip("+").split("."))
+    if not equals or place[0] in _TEXTS:
+        return word if equals else masked(word)
+    if _is_secret(place):
+        return word if _NO_TEXT.fullmatch(value) else f"{key}={MASK}"
+    return masked(f"{key}={_masked_entries(value)}")
+
+
+def _masked_entries(text: str) -> str:
+    """``text`` in Hydra's grammar, with the values of entries that are named as secrets replaced by ``MASK``."""
+    done, start = [], 0
+    while (entry := _ENTRY.search(text, start)) is not None:
+        end = _value_end(text, entry.end())
+        value = text[entry.end() : end]
+        done += [text[start : entry.end()], value if _NO_TEXT.fullmatch(value) else MASK]
+        start = end
+    return "".join(done) + text[start:]
+
+
+def _value_end(text: str, start: int) -> int:
+    """Where a value that begins at ``start`` ends: at its last quote or bracket, or before what ends it."""
+    depth, place = 0, start
+    while place < len(text):
+        sign = text[place]
+        if sign in "'\"" and (quoted := _QUOTED.match(text, place)) is not None:
+            place = quoted.end()
+            continue
+        if depth == 0 and sign in ",}])":
+            break
+        depth += (sign in "([{") - (sign in ")]}")
+        place += 2 if sign == "\\" else 1
+    return min(place, len(text))
+
+
+def _is_secret(place: Sequence[str | int]) -> bool:
+    """Whether what stands there is named as a secret: by any name below a mapping whose names are not ours."""
+    first = next((number for number, name in enumerate(place) if name in _OPEN), len(place))
+    return any(isinstance(name, str) and _NAME.fullmatch(name) for name in place[first + 1 :])
+
+
+def _may_be_url(place: Place) -> bool:
+    return place[0] not in _TEXTS and (place[-1] in _URLS or not {*place}.isdisjoint(_OPEN))
 
 
 def write_private(path: Path, text: str, mode: int = 0o600) -> None:
@@ -91,8 +137,9 @@ def refuse_masks(cfg: Any) -> None:
     """Raises ValueError for a value that ``dump`` has masked."""
 
     def check(place: Place, value: Any) -> None:
-        is_masked = isinstance(value, str) and (value == MASK or re.search(r"[/:=]\*\*\*(@|&|$)", value))
-        if is_masked:
+        if not isinstance(value, str):
+            return
+        if value == MASK if _is_secret(place) else _may_be_url(place) and _MASKED_URL.search(value):
             key = ".".join(map(str, place))
             raise ValueError(
                 f"{key} has {MASK} in the place of a secret, as the config.yaml of a run does: set {key} again, or "

@@ -26,6 +26,7 @@ _PLAIN_NUMBER = re.compile(
     r"[-+]?(0|[1-9]\d*)|[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\d+[eE][-+]?\d+|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
 )
 _ODD_NUMBER = re.compile(r"[-+]?0[\d_]+|.*:.*")
+_WHOLE_NUMBER = re.compile(r"0|-?[1-9]\d{0,99}")  # as Python writes it, too
 _MOST_NODES = 100_000  # of a file, each alias counted as what it stands for
 _TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null")}
 _SIGNS = {f"tag:yaml.org,2002:{name}" for name in ("value", "merge")}  # = and <<, where they are values
@@ -42,7 +43,8 @@ class Scalar:
 
 def typed(value: Any, hint: Any, key: str, where: str) -> Any:
     """``value``, whose scalars are ``Scalar``, as the type ``hint`` of ``key`` wants it. For a mapping, ``hint`` may be
-    one from its names to their types, or a function that gives that.
+    one from its names to their types, or a function that gives that. Names are text; where anything goes, those that
+    are whole numbers stay numbers.
 
     Raises:
         ValueError: a scalar that can be read in two ways, or null or a container where text is needed.
@@ -56,10 +58,15 @@ def typed(value: Any, hint: Any, key: str, where: str) -> Any:
         inner = get_args(hint)[0] if get_origin(hint) is list else hint
         return [typed(one, inner, f"{key}[{place}]", where) for place, one in enumerate(value)]
     if isinstance(value, dict):
-        entry = {name.text if isinstance(name, Scalar) else str(name): one for name, one in value.items()}
+        entry = {_name(name, hint is Any): one for name, one in value.items()}
         known = hint(entry) if isinstance(hint, types.FunctionType) else hint
         return {name: typed(one, _of_entry(known, name), f"{key}.{name}", where) for name, one in entry.items()}
     return value
+
+
+def _name(name: Any, is_open: bool) -> str | int:
+    text, value = (name.text, name.value) if isinstance(name, Scalar) else (str(name), name)
+    return value if is_open and type(value) is int and _WHOLE_NUMBER.fullmatch(text) else text
 
 
 def shown(value: Any) -> str:
@@ -160,7 +167,7 @@ def is_text(hint: Any) -> bool:
     return hint is str or (is_union and set(get_args(hint)) == {str, type(None)})
 
 
-def _of_entry(hint: Any, name: str) -> Any:
+def _of_entry(hint: Any, name: str | int) -> Any:
     """The type of one value of a mapping."""
     if isinstance(hint, dict):
         return hint.get(name, Any)
@@ -177,10 +184,15 @@ def _size(node: yaml.Node, known: dict[int, float]) -> float:
     return known[id(node)]
 
 
+def _written_name(node: yaml.ScalarNode) -> str | int:
+    is_number = node.style is None and node.tag.endswith(":int") and _WHOLE_NUMBER.fullmatch(node.value)
+    return int(node.value) if is_number else str(node.value)
+
+
 @cache
 def _loader() -> Any:
     class Loader(get_yaml_loader()):  # type: ignore[misc]
-        """OmegaConf's, but scalars become marks, and names are text."""
+        """OmegaConf's, but scalars become marks, and names are text, or whole numbers without quotes."""
 
         scalars: list[Scalar]
         file: str
@@ -195,7 +207,7 @@ def _loader() -> Any:
             self.scalars.append(Scalar(node.value, value, f"from {self.file}, line {node.start_mark.line + 1}"))
             return f"<{len(self.scalars) - 1}>"
 
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str | int, Any]:
             seen = set()
             for name, _ in node.value:
                 if not isinstance(name, yaml.ScalarNode):
@@ -204,7 +216,7 @@ def _loader() -> Any:
                     raise yaml.constructor.ConstructorError(None, None, f"found {name.value} twice", name.start_mark)
                 seen.add(name.value)
             self.flatten_mapping(node)
-            return {name.value: self.construct_object(value, deep=deep) for name, value in node.value}
+            return {_written_name(name): self.construct_object(value, deep=deep) for name, value in node.value}
 
     return Loader
 

@@ -16,7 +16,7 @@ from nemo_rlhf.config.architecture import FILE_NAME, Architecture
 from nemo_rlhf.convert.families import architecture_of, weight_map
 from nemo_rlhf.convert.files import blocks
 from nemo_rlhf.convert.mapping import EMBEDDING, whole
-from nemo_rlhf.convert.source import open_hf, weight_files
+from nemo_rlhf.convert.source import open_hf, present_files
 from nemo_rlhf.untrusted import read_json
 
 Format = Literal["hf", "megatron"]
@@ -94,8 +94,8 @@ def read_architecture(path: str | Path) -> Architecture:
 
 
 def _has_own_head(directory: Path, architecture: Architecture) -> bool:
-    files = weight_files(directory)
-    state = tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.is_file())
+    files = present_files(directory)  # where some are missing, whoever loads the weights says so
+    state = tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files)
     embedding = weight_map(architecture).entries[EMBEDDING].names[0]
     return bool(state) and _differs(directory, embedding, _OUTPUT, state)
 

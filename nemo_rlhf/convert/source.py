@@ -217,18 +217,38 @@ def open_hf(directory: Path) -> WeightSource:
     """
     directory, where = Path(directory), str(directory)
     places = _placed(directory)
-    files = weight_files(directory) if places is None else sorted(set(places.values()))
+    files = _files(directory, places)
     if not files:
         raise ValueError(
             f"{directory} has no weights: neither model.safetensors nor pytorch_model.bin, single or sharded."
         )
     for file in files:
-        with file.open("rb") as stream:
-            if is_lfs_pointer(stream.read(64)):
-                raise ValueError(lfs_sentence(file))
+        if not file.is_file():
+            index = weight_files(directory)[0].name
+            raise ValueError(f"{file} is missing, although {index} names it: download it again.")
+        if _is_pointer(file):
+            raise ValueError(lfs_sentence(file))
     if files[0].suffix == ".safetensors":
         return _with_trunk_name(SafetensorsSource(files, where, places))
     return _with_trunk_name(TorchSource(files, where))
+
+
+def present_files(directory: Path) -> list[Path]:
+    """The files that hold a Hugging Face directory's weights; nothing where one of them is yet to be fetched.
+
+    Raises ValueError when there are two models, or the index is none.
+    """
+    files = _files(directory, _placed(directory))
+    return files if all(file.is_file() and not _is_pointer(file) for file in files) else []
+
+
+def _files(directory: Path, places: Mapping[str, Path] | None) -> list[Path]:
+    return weight_files(directory) if places is None else sorted(set(places.values()))
+
+
+def _is_pointer(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return is_lfs_pointer(stream.read(64))
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -259,6 +279,4 @@ def _placed(directory: Path) -> dict[str, Path] | None:
     for file in sorted(set(places.values())):
         if Path(file).name != file or Path(file).suffix not in (".safetensors", ".bin"):
             raise ValueError(f"{index} names {file[:200]!r}, which is no weight file beside it: download it again.")
-        if not (directory / file).is_file():
-            raise ValueError(f"{directory / file} is missing, although {index.name} names it: download it again.")
     return {name: directory / file for name, file in places.items()}

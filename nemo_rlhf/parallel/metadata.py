@@ -38,7 +38,8 @@ _NAMES = {
     "torch.distributed.checkpoint.planner": "SavePlan WriteItem WriteItemType TensorWriteData BytesIOWriteData",
     "torch.serialization": "_get_layout",
     "megatron.core.dist_checkpointing.strategies.torch": "MCoreMetadata MCoreSavePlan",
-    "pathlib": "PosixPath",
+    "pathlib": "PosixPath PurePosixPath",
+    "pathlib._local": "PosixPath PurePosixPath",  # where Python 3.13 has them
 }
 
 

@@ -24,6 +24,7 @@ _RANDOM = ("random numbers", "random numbers of numpy", "random numbers of torch
 _theirs: list[State] = [{} for _ in GROUPS]  # what people's code has set, and the run has not
 _is_inside = False
 _copies: dict[int, tuple[Any, Any]] = {}
+_threads: set[int] = set()  # in which code of the call that goes on runs
 _interrupts: list[int] = []  # of the call that goes on: it was Ctrl-C, and no exception that code has made
 _WAYS_OUT = {name: getattr(os, name) for name in ("_exit", "abort", "execv", "execve")}
 
@@ -60,6 +61,17 @@ def foreign(what: str, passing: tuple[type[BaseException], ...] = ()) -> Iterato
         if _interrupts and isinstance(error, KeyboardInterrupt):
             raise
         raise ValueError(f"{what} {_deed(error)}.") from error
+
+
+@contextmanager
+def no_way_out_here() -> Iterator[None]:
+    """Around people's code in a thread that the call has started for it: it cannot end the run from there, either."""
+    thread = threading.get_ident()
+    _threads.add(thread)
+    try:
+        yield
+    finally:
+        _threads.discard(thread)
 
 
 def copied(thing: Any) -> Any:
@@ -142,7 +154,7 @@ def _no_way_out() -> Iterator[None]:
 
     def refusing(name: str) -> Callable[..., Any]:
         def refuse(*arguments: Any) -> Any:
-            if os.getpid() == process and threading.get_ident() == thread:
+            if os.getpid() == process and threading.get_ident() in _threads:
                 raise _Ended(f"os.{name}({', '.join(map(repr, arguments[:1]))})")
             return _WAYS_OUT[name](*arguments)  # in a process that it has forked, or of the run's own threads
 
@@ -160,7 +172,8 @@ def _no_way_out() -> Iterator[None]:
         setattr(os, name, refusal)
     code: Any = 0
     try:
-        yield
+        with no_way_out_here():
+            yield
     except BaseException as error:
         code = error.code if isinstance(error, SystemExit) else 1
         raise

@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 
-from nemo_rlhf.rollout.isolation import copied, copy_of, foreign
+from nemo_rlhf.rollout.isolation import copied, copy_of, foreign, no_way_out_here
 from nemo_rlhf.rollout.words import brief, plain
 from nemo_rlhf.types import Rollout, Sample, Scored
 
 RewardFunction = Callable[..., Any]
 MetricFunction = Callable[..., Any]
+_SHIPPED = "nemo_rlhf.rollout.rules"
 LARGEST = torch.finfo(torch.float32).max
 # what a function gets where it has a parameter of that name
 ON_REQUEST: dict[str, Callable[[Sequence[Sample]], list[Any]]] = {
@@ -99,17 +100,18 @@ def total_scores(scored: Scored) -> torch.Tensor:
 
 
 def _call(function: Callable[..., Any], what: str, samples: Sequence[Sample], tokenizer: Any) -> Any:
+    is_ours = hasattr(function, "reward_title")  # people's code then runs elsewhere
+    may_change = not is_ours and _innermost(function).__module__ != _SHIPPED
     arguments = {
         "samples": [sample.prompt.text + sample.text for sample in samples],
         "prompts": [sample.prompt.text for sample in samples],
         "outputs": [sample.text for sample in samples],
         "tokenizer": tokenizer,
-        **_metadata(samples),
+        **_metadata(samples, copied if may_change else _itself),
     }
     asked = _parameters(function)
     arguments |= {key: values(samples) for key, values in ON_REQUEST.items() if key in asked}
     _check_signature(function, what, arguments)
-    is_ours = hasattr(function, "reward_title")  # people's code then runs elsewhere
     if not is_ours:
         arguments["tokenizer"] = copy_of(tokenizer)
     with nullcontext() if is_ours else foreign(f"The {what}", (Unavailable, RewardError)):  # those say it themselves
@@ -123,7 +125,8 @@ def _finished(coroutine: Coroutine[Any, Any, Any]) -> Any:
 
     def run() -> None:
         try:
-            outcome.set_result(asyncio.run(coroutine))
+            with no_way_out_here():
+                outcome.set_result(asyncio.run(coroutine))
         except BaseException as error:
             outcome.set_exception(error)
 
@@ -138,14 +141,18 @@ def _parameters(function: Callable[..., Any]) -> Collection[str]:
         return ()
 
 
-def _metadata(samples: Sequence[Sample]) -> dict[str, list[Any]]:
+def _itself(thing: Any) -> Any:
+    return thing
+
+
+def _metadata(samples: Sequence[Sample], handed: Callable[[Any], Any]) -> dict[str, list[Any]]:
     names = list(dict.fromkeys(key for sample in samples for key in sample.prompt.metadata))
     for name in RESERVED:
         if name in names:
             raise ValueError(
                 f'The prompts have a field "{name}", which is what the reward function gets from us: rename the field.'
             )
-    return {name: [copied(sample.prompt.metadata.get(name)) for sample in samples] for name in names}
+    return {name: [handed(sample.prompt.metadata.get(name)) for sample in samples] for name in names}
 
 
 def _check_signature(function: Callable[..., Any], what: str, arguments: dict[str, Any]) -> None:
@@ -193,7 +200,12 @@ def _number(value: Any, what: str, where: str) -> float:
 
 def _title(function: Callable[..., Any], kind: str) -> str:
     """How sentences name it: as it says itself, or as the function of that kind that it is."""
+    named = _innermost(function)
+    return getattr(function, "reward_title", None) or f"{kind} function {named.__module__}.{named.__qualname__}"
+
+
+def _innermost(function: Callable[..., Any]) -> Any:
+    """The function that partials stand around, or the class of an object that is called."""
     while isinstance(function, partial):
         function = function.func
-    named = function if hasattr(function, "__qualname__") else type(function)
-    return getattr(function, "reward_title", None) or f"{kind} function {named.__module__}.{named.__qualname__}"
+    return function if hasattr(function, "__qualname__") else type(function)
