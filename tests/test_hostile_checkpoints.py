@@ -288,6 +288,10 @@ def test_damaged_weights_are_not_used(route: str, outcomes: dict[tuple[str, str]
     assert re.search(r"the checkpoint .* is damaged: weights/__0_0.distcp is missing or differs", found["stderr"])
 
 
+def weights_of(directory: Path) -> bytes:
+    return (directory / "model.safetensors").read_bytes()
+
+
 def test_what_people_may_edit_is_not_compared(place: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(place / "policy", tmp_path / "policy")
     for file in ("model_config.yaml", "tokenizer/config.json"):
@@ -295,6 +299,11 @@ def test_what_people_may_edit_is_not_compared(place: Path, tmp_path: Path) -> No
     export_hf(copy, tmp_path / "hf")
     (copy / manifest.MANIFEST).unlink()  # and without a manifest nothing is
     export_hf(copy, tmp_path / "again")
+    assert (
+        weights_of(tmp_path / "hf")
+        == weights_of(tmp_path / "again")
+        == weights_of(export_hf(place / "policy", tmp_path / "whole"))
+    )
 
 
 @pytest.mark.parametrize(
@@ -326,3 +335,4 @@ def test_a_manifest_of_others_in_the_directory_above_is_not_ours(place: Path, tm
     (copy / manifest.MANIFEST).unlink()
     (tmp_path / "models" / manifest.MANIFEST).write_text("[]")
     export_hf(copy, tmp_path / "hf")
+    assert weights_of(tmp_path / "hf") == weights_of(export_hf(place / "policy", tmp_path / "whole"))

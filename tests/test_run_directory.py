@@ -108,8 +108,10 @@ def test_a_requeued_job_waits_for_its_own_last_process(
     refusal(tmp_path)  # two programs at a time in one job are no requeuing
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     monkeypatch.setattr(time, "sleep", lambda _: first.kill())
+    assert first.poll() is None
     with locked(tmp_path):
-        pass
+        assert first.wait() == -signal.SIGKILL  # it was waited for
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
 
 
 def test_a_requeued_job_takes_over_from_another_host(tmp_path: Path, no_job: None, monkeypatch: Any) -> None:

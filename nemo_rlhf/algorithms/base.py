@@ -232,7 +232,7 @@ def stored_metrics(directory: Path) -> tuple[int, Metrics]:
 
 def stored_origin(directory: Path) -> dict[str, Any]:
     """``Algorithm.origin`` of a whole checkpoint; empty where an earlier version has written it."""
-    origin: dict[str, Any] = json.loads((directory / _IDENTITY).read_text()).get("origin", {})
+    origin: dict[str, Any] = read_json(directory / _IDENTITY).get("origin", {})
     return origin
 
 

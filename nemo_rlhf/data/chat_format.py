@@ -45,11 +45,12 @@ def response_ends(tokenizer: Any) -> frozenset[int]:
     return frozenset(end for end in ends if end is not None)
 
 
-def reply_end(tokenizer: Any, prompt: str) -> int:
-    """Id of the token that a response to ``prompt`` is taught to end with: in a chat, what closes a turn of the
-    template, and otherwise EOS."""
+def reply_end(tokenizer: Any, prompt: str | None) -> int:
+    """Id of the token that a response to ``prompt``, or in a chat (None), is taught to end with: there, and behind a
+    text that begins as a chat does, what closes a turn of the template; otherwise EOS."""
     turn_end = chat_format(tokenizer).turn_end
-    return turn_end if turn_end is not None and is_rendered(tokenizer, prompt) else tokenizer.eos_token_id
+    is_chat = prompt is None or is_rendered(tokenizer, prompt)
+    return turn_end if turn_end is not None and is_chat else tokenizer.eos_token_id
 
 
 def is_rendered(tokenizer: Any, text: str) -> bool:

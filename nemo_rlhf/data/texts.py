@@ -81,7 +81,7 @@ def pieces_of(where: str, record: Any, tokenizer: Any) -> list[Piece]:
     """
     if isinstance(record, dict) and record.get("prompt") is None and record.get("messages") is not None:
         chat = read_chat(f"{where}: messages", record["messages"], tokenizer, record)
-        pieces, prompt = chat_pieces(chat), chat.whole()
+        pieces, prompt = chat_pieces(chat), None
         if chat.messages[-1]["role"] != "assistant":
             return pieces
     else:
@@ -108,7 +108,7 @@ def scored_tokens(where: str, record: Any, tokenizer: Any) -> tuple[int, ...]:
         chat = read_chat(f"{where}: messages", record["messages"], tokenizer, record)
         (before, _), (response, _) = last_turn(chat)
         if not response or response[-1] not in response_ends(tokenizer):
-            response.append(reply_end(tokenizer, chat.whole()))
+            response.append(reply_end(tokenizer, None))
         return (*before, *response)
     pieces = pieces_of(where, {**record, "done": True}, tokenizer)  # it gets its end where it is scored, too
     return tuple(token for ids, _ in pieces for token in ids)

@@ -11,6 +11,7 @@ from typing import Any
 
 from nemo_rlhf.data.chat_format import takes_bos
 from nemo_rlhf.data.chats import check_variables
+from nemo_rlhf.untrusted import read_json
 
 # What a directory holds when there is a tokenizer in it; one of these is enough.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -99,10 +100,7 @@ def _generation_eos_ids(directory: Path, num_tokens: int) -> tuple[int, ...]:
     path = directory / "generation_config.json"
     if not path.is_file():
         return ()
-    try:
-        named = json.loads(path.read_bytes()).get("eos_token_id")
-    except (ValueError, RecursionError, AttributeError):
-        raise ValueError(f"{path} is not a JSON object: mend it, or remove it.") from None
+    named = read_json(path).get("eos_token_id")
     ids = named if isinstance(named, list) else [] if named is None else [named]
     for one in ids:
         if isinstance(one, bool) or not isinstance(one, int) or not 0 <= one < num_tokens:
